@@ -379,7 +379,9 @@ def complete(
         limits=_Limits(timeout, total_timeout),
         ssl_context=ssl_context,
     )
-    return call.run(_read_completion)
+    completion = call.run(_read_completion)
+    call.close()
+    return completion
 
 
 def stream(
@@ -789,10 +791,13 @@ class _Request(urllib.request.Request):
     """A request that says which proxy it goes through; urllib's own keeps that private."""
 
     proxy: str | None = None
+    tunnel: str | None = None  # the proxy, for https; for http it gets the request itself
 
     def set_proxy(self, host: str, type: str) -> None:
         self.proxy = host
-        if self.type == "http":  # the proxy gets the whole URL; for https, a tunnel is made
+        if self.type == "https":
+            self.tunnel = host
+        else:
             super().set_proxy(host, type)
 
 
@@ -800,8 +805,8 @@ class _Request(urllib.request.Request):
 class _Route:
     """Where a connection leads; calls of the same route may share one."""
 
-    host: str  # with its port, if it has one; of the proxy, for http through a proxy
-    tunnel: str | None = None  # the proxy, for https through a proxy
+    host: str  # with its port, if it has one; for http through a proxy, the proxy
+    tunnel: str | None = None  # for https through a proxy, the proxy
     tunnel_credentials: str | None = None
     ssl_context: ssl.SSLContext | None = None  # for https
 
@@ -817,10 +822,12 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         return self._send(request, _Route(request.host))
 
     def https_open(self, request: _Request) -> _Response:
-        credentials = request.get_header("Proxy-authorization")
-        request.remove_header("Proxy-authorization")
+        credentials = None
+        if request.tunnel:
+            credentials = request.get_header("Proxy-authorization")
+            request.remove_header("Proxy-authorization")
         context = self._ssl_context or _default_ssl_context()
-        return self._send(request, _Route(request.host, request.proxy, credentials, context))
+        return self._send(request, _Route(request.host, request.tunnel, credentials, context))
 
     def _send(self, request: _Request, route: _Route) -> _Response:
         idle = _idle_connections.take(route)
@@ -843,7 +850,9 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
             if connection.channel is not None:
                 raise _connection_error(f"no answer{via}", error, self._limits) from error
             advice = "; see HTTP_PROXY and HTTPS_PROXY" if via else "; is it up? see server_url"
-            raise _connection_error(f"cannot connect{via}", error, "it took too long", advice) from error
+            limits = (_MAX_CONNECT_SECONDS, self._limits.timeout, self._limits.total_timeout)
+            patience = f"it took over {min(limits):.3g} s"
+            raise _connection_error(f"cannot connect{via}", error, patience, advice) from error
 
 
 class _Connection(http.client.HTTPConnection):
@@ -1070,8 +1079,9 @@ class _IdleConnections:
             self._idle.pop(0)[1].channel.disconnect()
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop()[1].channel.disconnect()
+        with self.lock:
+            while self._idle:
+                self._idle.pop()[1].channel.disconnect()
 
     def begin_anew(self) -> None:
         """In a child after a fork, drop the parent's connections, which stay open there, and its lock."""
