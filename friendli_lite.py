@@ -248,6 +248,8 @@ class RetryConfig:
             _check_type(name, value, (int, float))
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, not {value}")
+        for code in self.status_codes:
+            _check_type("each of status_codes", code, (int,))
 
 
 # --- What is answered: fields that the server left out are None, or an empty list ---
@@ -478,6 +480,7 @@ def _build_body(request: object, fields: dict[str, Any], stream: bool) -> bytes:
     merged.stream = stream or merged.stream
     body = dict(vars(merged))
     extra = body.pop("extra_body") or {}
+    _check_type("extra_body", extra, (Mapping,))
     for name in extra:
         if name in body:
             raise ValueError(f"extra_body holds {name!r}, which is a field of its own")
@@ -503,7 +506,8 @@ def _merge(request: object, fields: dict[str, Any]) -> CompletionRequest:
         if name not in known:
             import difflib  # only for a mistake
 
-            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            candidates = [*known, *(complete.__kwdefaults__ or ())]
+            nearest = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"unknown field {name!r}; did you mean {nearest!r}? (Newer fields go into extra_body.)"
             )
@@ -555,7 +559,7 @@ def _build_headers(accept: str, token: str | None, headers: Mapping[str, str] | 
     }
     token = os.environ.get("FRIENDLI_TOKEN", "") if token is None else token
     _check_type("token", token, (str,))
-    token = token.strip()
+    token = re.sub(r"^bearer ", "", token.strip(), flags=re.IGNORECASE).strip()
     if re.search(r"[^\x20-\x7e]", token):
         raise ValueError("token holds a character that cannot stand in a header")
     if token:
@@ -638,6 +642,7 @@ class _Call:
     uniform: Callable[[float, float], float] = random.uniform
     attempts: int = 0
     response: _Response | None = None
+    is_aborted: bool = False
 
     def __post_init__(self) -> None:
         if self.ssl_context is not None:
@@ -685,10 +690,12 @@ class _Call:
         self.close()
         self.complete_error(error)
         wait = _wait_before_retry(error, self.attempts - 1, self.retries, self.uniform)
-        if wait is None or wait >= self.limits.left():
+        if wait is None or wait >= self.limits.left() or self.is_aborted:
             raise error
         _logger.info("%s: retry %d of %d in %.2f s", error, self.attempts, self.retries.max_retries, wait)
         self.sleep(wait)
+        if self.is_aborted:
+            raise error
 
     def complete_error(self, error: FriendliError) -> None:
         """Add the URL and the attempts, and take out the token, if a server has echoed it."""
@@ -710,7 +717,7 @@ class _Call:
 
     def abort(self) -> None:
         """Make another thread's wait for the answer end."""
-        self.retries = RetryConfig(max_retries=0)
+        self.is_aborted = True
         response = self.response
         if response is not None:
             response.channel.abort()
@@ -767,8 +774,11 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
 # --- The connection ---
 
 
-# What http.client and sockets raise for broken connections and broken HTTP.
-_TRANSPORT_ERRORS = (OSError, http.client.HTTPException, ValueError)
+# For broken connections and broken HTTP; the last line is what int() and email.parser raise of it.
+_TRANSPORT_ERRORS = (
+    *(OSError, http.client.HTTPException),
+    *(ValueError, TypeError, OverflowError, RecursionError),
+)
 
 
 def _connection_error(what: str, error: Exception, limits: object, advice: str = "") -> APIConnectionError:
@@ -826,7 +836,10 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         if request.tunnel:
             credentials = request.get_header("Proxy-authorization")
             request.remove_header("Proxy-authorization")
-        context = self._ssl_context or _default_ssl_context()
+        try:
+            context = self._ssl_context or _default_ssl_context()
+        except OSError as error:  # SSLKEYLOGFILE cannot be written, for example
+            raise _connection_error("cannot set up TLS", error, self._limits) from error
         return self._send(request, _Route(request.host, request.tunnel, credentials, context))
 
     def _send(self, request: _Request, route: _Route) -> _Response:
@@ -872,6 +885,7 @@ class _Connection(http.client.HTTPConnection):
         self.channel = self.sock = self.channel or self._open_channel(limits.for_connecting())
         self.channel.limits = limits
         self.channel.received = 0
+        self.channel.in_head = True
         headers = {name.title(): value for name, value in request.header_items()}
         try:
             try:
@@ -952,6 +966,7 @@ class _Channel(io.RawIOBase):
         self._sock = sock
         self.limits = limits
         self.received = 0  # bytes since the request, or since the last piece of a body
+        self.in_head = True
 
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
@@ -968,6 +983,8 @@ class _Channel(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._sock.settimeout(self.limits.next_wait())
         count = self._sock.recv_into(buffer)
+        if not count and self.in_head:  # which http.client would take for the end of the head
+            raise http.client.RemoteDisconnected("the connection was closed before an answer")
         self.received += count
         if self.received > _MAX_FRAMING_BYTES:
             raise http.client.HTTPException(f"over {_MAX_FRAMING_BYTES} bytes of headers or trailers")
@@ -1009,19 +1026,18 @@ class _Response(http.client.HTTPResponse):
         while self.status // 100 == 1 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
             vars(self)["headers"] = None  # or begin() would not begin again
             super().begin()
-
-    def read1(self, n: int = -1) -> bytes:
-        piece = super().read1(n)
-        self.channel.received = 0
-        return piece
+        self.channel.in_head = False
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they arrive; raise APIConnectionError unless it is whole."""
         try:
             while True:
                 piece = self.read1(_PIECE_BYTES)
+                if self.chunked and (self.chunk_left or 0) < 0:  # which http.client takes
+                    raise ValueError("a chunk has a size below 0")
                 if not piece:
                     break
+                self.channel.received = 0
                 yield piece
         except _TRANSPORT_ERRORS as error:
             raise _connection_error("the answer broke off", error, self.channel.limits) from error
@@ -1141,13 +1157,14 @@ _ADVICE = {
 def _read_page(response: _Response) -> str:
     """Return the start of a body that is no completion; what breaks it is not worth an error."""
     page = b""
-    with contextlib.suppress(*_TRANSPORT_ERRORS):
-        while len(page) < _MAX_PAGE_BYTES:
-            piece = response.read1(_MAX_PAGE_BYTES - len(page))
-            if not piece:
-                break
+    try:
+        for piece in response.pieces():
             page += piece
-    return page.decode("utf-8", "replace")
+            if len(page) >= _MAX_PAGE_BYTES:
+                break
+    except APIConnectionError:
+        response.will_close = True
+    return page[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
 
 
 def _server_message(page: str) -> str:
@@ -1248,22 +1265,23 @@ def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     for lines in _read_lines(pieces):
         size += sum(map(len, lines), len(lines))
         for line in lines:
-            # "Collect the characters on the line before the first U+003A COLON character (:)"
-            # "If value starts with a U+0020 SPACE character, remove it from value."
-            name, _, value = line.partition(b":")
-            if value.startswith(b" "):
-                value = value[1:]
-            if name == b"data":
-                if not data and value.strip() == b"[DONE]" and event != "error":
-                    return
-                data.append(value)
-            elif not line:
+            if not line:
                 # "If the data buffer is an empty string, set the data buffer and the event type buffer
                 # to the empty string and return." An error without data is one all the same.
                 if any(data) or event == "error":
                     yield event, b"\n".join(data)
                     size = 0
                 event, data = "", []
+                continue
+            # "Collect the characters on the line before the first U+003A COLON character (:)"
+            # "If value starts with a U+0020 SPACE character, remove it from value."
+            name, _, value = line.partition(b":")
+            if value[:1] == b" ":
+                value = value[1:]
+            if name == b"data":
+                if not data and value.strip() == b"[DONE]" and event != "error":
+                    return
+                data.append(value)
             elif name == b"event":
                 event = value.decode("utf-8", "replace")
             elif name == b"error":
@@ -1276,8 +1294,7 @@ def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
     """Yield the lines that each piece completes, without their ends: LF, CRLF or CR."""
-    unfinished: list[bytes] = []
-    size = 0
+    unfinished = bytearray()
     after_cr = False
     at_start = True
     for piece in pieces:
@@ -1287,19 +1304,17 @@ def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
         lines = piece.splitlines()  # of bytes: at LF, CRLF and CR alone
         rest = lines.pop() if lines and not piece.endswith((b"\n", b"\r")) else b""
         if lines and unfinished:
-            lines[0] = b"".join([*unfinished, lines[0]])
-            unfinished, size = [], 0
+            lines[0] = bytes(unfinished) + lines[0]
+            unfinished.clear()
         if lines and at_start:
             # "one leading U+FEFF BYTE ORDER MARK character is stripped"
             lines[0] = lines[0][3:] if lines[0].startswith(codecs.BOM_UTF8) else lines[0]
             at_start = False
-        if rest:
-            unfinished.append(rest)
-            size += len(rest)
-        if size > _MAX_EVENT_BYTES:
+        unfinished += rest
+        if len(unfinished) > _MAX_EVENT_BYTES:
             raise APIResponseError(f"the stream has a line of over {_MAX_EVENT_BYTES} bytes")
         yield lines
-    yield [b"".join(unfinished)] if unfinished else []
+    yield [bytes(unfinished)] if unfinished else []
 
 
 # --- From JSON to dataclasses: ValueError for what is wrong, which _parse() makes an APIResponseError ---
@@ -1332,32 +1347,23 @@ _json = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _completion(raw: dict[str, Any]) -> Completion:
-    choices = [
-        CompletionChoice(
-            choice.get("index"),
-            _text(choice),
-            choice.get("seed"),
-            _finish_reason(choice),
-            choice.get("tokens") or [],
-            _optional(Logprobs, choice.get("logprobs")),
-        )
-        for choice in _choices(raw)
-    ]
+    choices = []
+    for choice in _choices(raw):
+        reason = _finish_reason(choice)
+        logprobs = _optional(Logprobs, choice.get("logprobs"))
+        tokens = choice.get("tokens") or []
+        seed = choice.get("seed")
+        choices.append(CompletionChoice(choice.get("index"), _text(choice), seed, reason, tokens, logprobs))
     usage = _optional(Usage, raw.get("usage"))
     return Completion(raw.get("id"), raw.get("object"), choices, usage, raw.get("model"), raw)
 
 
 def _chunk(raw: dict[str, Any]) -> CompletionChunk:
-    choices = [
-        ChunkChoice(
-            choice.get("index"),
-            _text(choice),
-            choice.get("token"),
-            _finish_reason(choice),
-            _optional(Logprobs, choice.get("logprobs")),
-        )
-        for choice in _choices(raw)
-    ]
+    choices = []
+    for choice in _choices(raw):
+        reason = _finish_reason(choice)
+        logprobs = _optional(Logprobs, choice.get("logprobs"))
+        choices.append(ChunkChoice(choice.get("index"), _text(choice), choice.get("token"), reason, logprobs))
     usage = _optional(Usage, raw.get("usage"))
     return CompletionChunk(raw.get("id"), raw.get("object"), choices, raw.get("created"), usage, raw)
 
@@ -1440,42 +1446,45 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="friendli_lite",
-        description="Print a text completion. The token is read from FRIENDLI_TOKEN.",
+        usage="%(prog)s [options] [PROMPT]",
+        add_help=False,
+        description="Print a completion by the server at FRIENDLI_SERVER_URL; the token is FRIENDLI_TOKEN.",
         epilog="examples:\n"
         '  friendli_lite --max-tokens 16 "Say this is a test!"\n'
         "  friendli_lite --set 'stop=[\"\\n\"]' --json < prompt.txt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("arguments").add_argument
     add("prompt", nargs="?", default="-", metavar="PROMPT", help="the text to complete; -: read stdin")
     add("--model", help="LoRA adapter, model or endpoint ID")
     add("--max-tokens", type=int, metavar="N", help="most tokens to generate")
     add("--temperature", type=float, metavar="T", help="of the sampling")
     add("--set", action="append", default=[], metavar="NAME=JSON", help="any other field of the request")
-    add("--server-url", metavar="URL", help=f"default: FRIENDLI_SERVER_URL, then {_DEFAULT_SERVER_URL}")
+    add("--server-url", metavar="URL", help=f"default: {_DEFAULT_SERVER_URL}")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds of silence (default: 600)")
-    add("--total-timeout", type=float, metavar="S", help="seconds for everything (default: no limit)")
+    add("--total-timeout", type=float, metavar="S", help="seconds for everything")
     add("--retries", type=int, metavar="N", help="retries after a failure (default: 3)")
     add("--no-stream", action="store_true", help="print the completion when it is whole")
-    add("--json", action="store_true", help="print the raw object; of a stream, a line for each chunk")
+    add("--json", action="store_true", help="print the raw object, one a line for a stream")
     add("--verbose", action="store_true", help="tell of requests and retries on stderr")
-    add("--version", action="version", version=f"friendli_lite {__version__}")
+    add("--version", action="version", version=f"friendli_lite {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this help")
     return parser
 
 
 def _print_completion(options: argparse.Namespace) -> None:
+    body = _body_fields(options)
     arguments = {
         "server_url": options.server_url,
         "timeout": options.timeout,
         "total_timeout": options.total_timeout,
         "retries": options.retries,
-        **_body_fields(options),
     }
     if options.no_stream:
-        completion = complete(**arguments)
+        completion = complete(body, **arguments)
         print(json.dumps(completion.raw) if options.json else completion.text, flush=True)
         return
-    with stream(**arguments) as chunks:
+    with stream(body, **arguments) as chunks:
         for chunk in chunks:
             if options.json:
                 print(json.dumps(chunk.raw), flush=True)
@@ -1486,16 +1495,17 @@ def _print_completion(options: argparse.Namespace) -> None:
 
 
 def _body_fields(options: argparse.Namespace) -> dict[str, Any]:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    body: dict[str, Any] = {"prompt": prompt}
-    for name in ("model", "max_tokens", "temperature"):
-        body[name] = getattr(options, name)
+    body = {name: getattr(options, name) for name in ("model", "max_tokens", "temperature")}
     for setting in options.set:
         name, _, value = setting.partition("=")
         try:
             body[name] = json.loads(value)
         except (ValueError, RecursionError):
             raise ValueError(f"--set takes NAME=JSON, not {setting!r}") from None
+    if options.prompt != "-":
+        body["prompt"] = options.prompt
+    elif "prompt" not in body and "tokens" not in body:
+        body["prompt"] = sys.stdin.read() if sys.stdin else ""
     return body
 
 

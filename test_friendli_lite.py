@@ -449,7 +449,7 @@ class RequestTests(TestCase):
         os.environ["FRIENDLI_TOKEN"] = f" {TOKEN}\r\n"
         friendli_lite.complete("p")
         friendli_lite.complete("p", token="")
-        friendli_lite.complete("p", token="other")
+        friendli_lite.complete("p", token="bearer  other")
         friendli_lite.complete("p", headers={"authorization": "Basic x", "Accept": "a/b"})
         os.environ["FRIENDLI_TOKEN"] = ""
         friendli_lite.complete("p")
@@ -475,6 +475,9 @@ class RequestTests(TestCase):
         cases = [
             (TypeError, "unknown field 'max_token'; did you mean 'max_tokens'", ("p",), {"max_token": 1}),
             (TypeError, "unknown field 'temp'; did you mean", ({"prompt": "p", "temp": 1},), {}),
+            (TypeError, "did you mean 'timeout'", ("p",), {"timeout_ms": 1}),
+            (TypeError, "did you mean 'headers'", ("p",), {"http_headers": 1}),
+            (TypeError, "extra_body must be Mapping", ("p",), {"extra_body": "z"}),
             (TypeError, "unknown field 3", ({"prompt": "p", 3: 1},), {}),
             (TypeError, "given twice", ("p",), {"prompt": "q"}),
             (TypeError, "prompt=[...]", (["p", "q"],), {}),
@@ -535,6 +538,8 @@ class RequestTests(TestCase):
             for value, kind in ((-1, ValueError), (float("inf"), ValueError), ("1", TypeError)):
                 with self.subTest(name=name, value=value), self.assertRaisesRegex(kind, name):
                     friendli_lite.RetryConfig(**{name: value})
+        with self.assertRaisesRegex(TypeError, "status_codes must be int, not str"):
+            friendli_lite.RetryConfig(status_codes=["429"])
 
 
 # --- What is answered ---
@@ -885,6 +890,12 @@ class CommandLineTests(TestCase):
         self.assertEqual({**expected, "prompt": "p", "stream": True}, container.requests[0].json)
         self.assertEqual("/prefix/v1/completions", container.requests[0].path)
 
+    def test_a_prompt_or_tokens_may_be_set(self):
+        container = self.serve()
+        for field, value in (("tokens", [1, 2]), ("prompt", ["p", "q"])):
+            self.assertEqual(0, self.run_main("--set", f"{field}={json.dumps(value)}")[0])
+            self.assertEqual({field: value, "stream": True}, container.requests[-1].json)
+
     def test_json_is_the_raw_object_or_one_a_line(self):
         self.serve()
         _, out, _ = self.run_main("--json", "--no-stream", "p")
@@ -904,7 +915,8 @@ class CommandLineTests(TestCase):
             (("--set", "max_token=3", "p"), "did you mean 'max_tokens'"),
             (("--set", "stop", "p"), "NAME=JSON"),
             (("--set", "stop=[", "p"), "NAME=JSON"),
-            (("--set", "prompt=3", "--set", "tokens=[1]", "p"), "both were given"),
+            (("--set", "tokens=[1]", "p"), "both were given"),
+            (("--set", 'token="flp"', "p"), "unknown field 'token'"),
             (("--retries", "-1", "p"), "max_retries"),
             (("--timeout", "0", "p"), "timeout"),
             (("--server-url", "nowhere", "p"), "server_url"),
@@ -932,8 +944,7 @@ class CommandLineTests(TestCase):
     def test_ctrl_c_is_exit_status_130_without_a_traceback(self):
         def interrupt(sock):
             os.kill(os.getpid(), signal.SIGINT)
-            sock.recv(1)  # until the client has gone
-            return CLOSE
+            sock.sendall(event_stream())  # wakes the client, if it waited before the signal came
 
         self.serve(interrupt)
         status, _, err = self.run_main("p")
