@@ -672,10 +672,10 @@ class _Call:
         request = _Request(self.url, self.body, self.headers, method="POST")
         try:
             response: _Response | None = opener.open(request)
-        except (ValueError, http.client.InvalidURL):  # its text may hold the proxy's password
-            raise ValueError("HTTP_PROXY or HTTPS_PROXY is not like http://host:port") from None
+        except (ValueError, http.client.InvalidURL):
+            response = None  # and no word of the error, which may hold the proxy's password
         if response is None:
-            raise ValueError("HTTP_PROXY or HTTPS_PROXY has another scheme than http and https")
+            raise ValueError("HTTP_PROXY or HTTPS_PROXY is not like http://host:port")
         self.response = response
         _logger.debug("POST %s: status %d after %.3f s", self.url, response.status, self.limits.elapsed())
         if response.status != http.HTTPStatus.OK:
@@ -701,12 +701,12 @@ class _Call:
         """Add the URL and the attempts, and take out the token, if a server has echoed it."""
         error.url = self.url
         error.attempts = self.attempts
-        secret = self.headers.get("Authorization", "").split(" ")[-1]
+        secret = self.headers.get("Authorization", "").partition(" ")[2]
         if secret:
-            error.args = tuple(text.replace(secret, "***") for text in error.args)
+            error.args = tuple(_redact(text, secret) for text in error.args)
             for fields in (vars(error), getattr(error, "headers", {})):
                 for name, value in fields.items():
-                    fields[name] = value.replace(secret, "***") if isinstance(value, str) else value
+                    fields[name] = _redact(value, secret) if isinstance(value, str) else value
 
     def close(self) -> None:
         """Let the answer go, and its connection, unless that was released for other calls."""
@@ -721,6 +721,12 @@ class _Call:
         response = self.response
         if response is not None:
             response.channel.abort()
+
+
+def _redact(text: str, secret: str) -> str:
+    for end in range(len(secret), 3, -1):  # also where the text was cut within the secret
+        text = text.replace(secret[:end] + "..." * (end < len(secret)), "***")
+    return text
 
 
 # --- Retry decisions ---
@@ -782,6 +788,10 @@ _TRANSPORT_ERRORS = (
 
 
 def _connection_error(what: str, error: Exception, limits: object, advice: str = "") -> APIConnectionError:
+    """Return the error that stands for one of the transport.
+
+    That is its cause only where it cannot hold what a server has sent, and with it the token.
+    """
     if isinstance(error, (socket.timeout, TimeoutError)):
         return APITimeoutError(f"{what}: {limits}{advice}")
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -794,7 +804,9 @@ def _connection_error(what: str, error: Exception, limits: object, advice: str =
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, http.client.IncompleteRead):
             reason = "the connection was closed before its end"
-    return APIConnectionError(f"{what}: {_one_line(reason)}{advice}")
+    failure = APIConnectionError(f"{what}: {_one_line(reason)}{advice}")
+    failure.__cause__ = error if isinstance(error, OSError) else None
+    return failure
 
 
 class _Request(urllib.request.Request):
@@ -816,7 +828,7 @@ class _Route:
     """Where a connection leads; calls of the same route may share one."""
 
     host: str  # with its port, if it has one; for http through a proxy, the proxy
-    tunnel: str | None = None  # for https through a proxy, the proxy
+    tunnel: tuple[str, int] | None = None  # for https through a proxy, the proxy
     tunnel_credentials: str | None = None
     ssl_context: ssl.SSLContext | None = None  # for https
 
@@ -832,15 +844,17 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         return self._send(request, _Route(request.host))
 
     def https_open(self, request: _Request) -> _Response:
-        credentials = None
-        if request.tunnel:
+        tunnel = credentials = None
+        if request.tunnel is not None:
+            proxy = http.client.HTTPConnection(request.tunnel)  # for its reading of host:port
+            tunnel = (proxy.host, proxy.port)
             credentials = request.get_header("Proxy-authorization")
             request.remove_header("Proxy-authorization")
         try:
             context = self._ssl_context or _default_ssl_context()
         except OSError as error:  # SSLKEYLOGFILE cannot be written, for example
             raise _connection_error("cannot set up TLS", error, self._limits) from error
-        return self._send(request, _Route(request.host, request.tunnel, credentials, context))
+        return self._send(request, _Route(request.host, tunnel, credentials, context))
 
     def _send(self, request: _Request, route: _Route) -> _Response:
         idle = _idle_connections.take(route)
@@ -856,16 +870,18 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         return self._exchange(_Connection(route), request)
 
     def _exchange(self, connection: _Connection, request: _Request) -> _Response:
+        via = f" through the proxy {request.proxy}" if request.proxy else ""
         try:
             return connection.exchange(request, self._limits)
         except _TRANSPORT_ERRORS as error:
-            via = f" through the proxy {request.proxy}" if request.proxy else ""
             if connection.channel is not None:
-                raise _connection_error(f"no answer{via}", error, self._limits) from error
-            advice = "; see HTTP_PROXY and HTTPS_PROXY" if via else "; is it up? see server_url"
-            limits = (_MAX_CONNECT_SECONDS, self._limits.timeout, self._limits.total_timeout)
-            patience = f"it took over {min(limits):.3g} s"
-            raise _connection_error(f"cannot connect{via}", error, patience, advice) from error
+                failure = _connection_error(f"no answer{via}", error, self._limits)
+            else:
+                limits = (_MAX_CONNECT_SECONDS, self._limits.timeout, self._limits.total_timeout)
+                patience = f"it took over {min(limits):.3g} s"
+                advice = "; see HTTP_PROXY and HTTPS_PROXY" if via else "; is it up? see server_url"
+                failure = _connection_error(f"cannot connect{via}", error, patience, advice)
+        raise failure  # not in the except block, whose error would become its context
 
 
 class _Connection(http.client.HTTPConnection):
@@ -902,11 +918,12 @@ class _Connection(http.client.HTTPConnection):
 
     def _open_channel(self, limits: _Limits) -> _Channel:
         """Connect: TCP, then the proxy's tunnel, then TLS."""
-        proxy = http.client.HTTPConnection(self.route.tunnel) if self.route.tunnel else self
-        sock = _open_socket(proxy.host, proxy.port, limits)
+        host, port = self.route.tunnel or (self.host, self.port)
+        sock = _open_socket(host, port, limits)
         try:
+            _set_options(sock)
             if self.route.tunnel:
-                self._open_tunnel(_Channel(sock, limits))
+                self._open_tunnel(_Channel(sock, limits), f"the proxy {host}:{port}")
             if self.route.ssl_context:
                 sock.settimeout(limits.next_wait())
                 sock = self.route.ssl_context.wrap_socket(sock, server_hostname=self.host)
@@ -915,7 +932,7 @@ class _Connection(http.client.HTTPConnection):
             raise
         return _Channel(sock, limits)
 
-    def _open_tunnel(self, channel: _Channel) -> None:
+    def _open_tunnel(self, channel: _Channel, who: str) -> None:
         """Have the proxy connect to the host (RFC 9110, 9.3.6), or raise its refusal."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = f"CONNECT {host}:{self.port} HTTP/1.1\r\nHost: {host}:{self.port}\r\n"
@@ -925,12 +942,12 @@ class _Connection(http.client.HTTPConnection):
         response = _Response(channel, method="CONNECT")
         response.begin()
         if response.status != http.HTTPStatus.OK:
-            raise _status_error(response, f"the proxy {self.route.tunnel}", "; see HTTPS_PROXY")
+            raise _status_error(response, who, "; see HTTPS_PROXY")
 
-    def is_alive(self, last_response: _Response) -> bool:
+    def is_alive(self, last_response: _Response, limits: _Limits) -> bool:
         """Take in what is left of the last answer; tell whether the server keeps the connection."""
         channel = last_response.channel
-        channel.limits = _Limits(None, _MAX_DRAIN_SECONDS)
+        channel.limits = limits
         try:
             while last_response.read1(_PIECE_BYTES):
                 pass
@@ -946,17 +963,19 @@ def _open_socket(host: str, port: int, limits: _Limits) -> socket.socket:
     failure = OSError("the name has no address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
-            sock = socket.create_connection((str(address[0]), port), limits.next_wait())
+            return socket.create_connection((str(address[0]), port), limits.next_wait())
         except OSError as error:
             failure = error
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # Linux, macOS, both
-                if hasattr(socket, name):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _KEEP_ALIVE_SECONDS)
-            return sock
     raise failure
+
+
+def _set_options(sock: socket.socket) -> None:
+    """Send without delay, and show middleboxes a sign of life through a long silence."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # Linux, macOS, both
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _KEEP_ALIVE_SECONDS)
 
 
 class _Channel(io.RawIOBase):
@@ -970,9 +989,9 @@ class _Channel(io.RawIOBase):
 
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
-        for start in range(0, len(view), _PIECE_BYTES):  # what the server takes is a sign of life
+        while view:  # each piece that the server takes is a sign of life
             self._sock.settimeout(self.limits.next_wait())
-            self._sock.sendall(view[start : start + _PIECE_BYTES])
+            view = view[self._sock.send(view[:_PIECE_BYTES]) :]
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -1030,6 +1049,7 @@ class _Response(http.client.HTTPResponse):
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they arrive; raise APIConnectionError unless it is whole."""
+        failure = None
         try:
             while True:
                 piece = self.read1(_PIECE_BYTES)
@@ -1040,7 +1060,9 @@ class _Response(http.client.HTTPResponse):
                 self.channel.received = 0
                 yield piece
         except _TRANSPORT_ERRORS as error:
-            raise _connection_error("the answer broke off", error, self.channel.limits) from error
+            failure = _connection_error("the answer broke off", error, self.channel.limits)
+        if failure is not None:
+            raise failure
         if self.length:  # read1() takes a closed connection for the end
             raise APIConnectionError(f"the answer was cut, {self.length} bytes before its end")
 
@@ -1077,6 +1099,7 @@ class _IdleConnections:
 
     def take(self, route: _Route) -> _Connection | None:
         """Return the connection of this route that was used last, if any is alive."""
+        limits = _Limits(None, _MAX_DRAIN_SECONDS)
         while True:
             with self.lock:
                 self._close_old()
@@ -1085,7 +1108,7 @@ class _IdleConnections:
                     return None
                 self._idle.remove(entry)
             connection, last_response = entry
-            if connection.is_alive(last_response):
+            if connection.is_alive(last_response, limits):
                 return connection
             last_response.channel.disconnect()
 
@@ -1448,7 +1471,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="friendli_lite",
         usage="%(prog)s [options] [PROMPT]",
         add_help=False,
-        description="Print a completion by the server at FRIENDLI_SERVER_URL; the token is FRIENDLI_TOKEN.",
+        description="Print a completion. FRIENDLI_SERVER_URL and FRIENDLI_TOKEN are obeyed.",
         epilog="examples:\n"
         '  friendli_lite --max-tokens 16 "Say this is a test!"\n'
         "  friendli_lite --set 'stop=[\"\\n\"]' --json < prompt.txt",
