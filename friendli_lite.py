@@ -482,6 +482,7 @@ def _build_body(request: object, fields: dict[str, Any], stream: bool) -> bytes:
     extra = body.pop("extra_body") or {}
     _check_type("extra_body", extra, (Mapping,))
     for name in extra:
+        _check_type("a name in extra_body", name, (str,))
         if name in body:
             raise ValueError(f"extra_body holds {name!r}, which is a field of its own")
     return _encode({**{name: value for name, value in body.items() if value is not None}, **extra})
@@ -516,16 +517,17 @@ def _merge(request: object, fields: dict[str, Any]) -> CompletionRequest:
 
 def _encode(body: dict[str, Any]) -> bytes:
     """Return the JSON of a body; it is ASCII, so that lone surrogates can be sent, too."""
-    try:
-        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")
-    except (TypeError, ValueError, RecursionError):
-        for name, value in body.items():
-            try:
-                json.dumps({name: value}, allow_nan=False)
-            except (TypeError, ValueError, RecursionError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{name!r} cannot be sent as JSON: {error}") from None
-        raise
+    members = []
+    for name, value in body.items():
+        try:
+            members.append(f"{_to_json(name)}:{_to_json(value)}")
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name!r} cannot be sent as JSON: {error}") from None
+    return f"{{{','.join(members)}}}".encode("ascii")
+
+
+_to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def _completions_url(server_url: str | None) -> str:
@@ -1033,7 +1035,8 @@ class _Channel(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     """An answer whose body is still to be read, and what becomes of its connection then."""
 
-    connection: _Connection | None = None
+    connection: _Connection
+    is_released = False
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -1068,17 +1071,15 @@ class _Response(http.client.HTTPResponse):
 
     def release(self) -> None:
         """Leave the connection to other calls, when the answer was read to its end or its [DONE]."""
-        connection, self.connection = self.connection, None
-        if connection is None:
-            return
-        if self.will_close or not connection.is_reusable:
+        self.is_released = True
+        if self.will_close or not self.connection.is_reusable:
             self.channel.disconnect()
         else:
-            _idle_connections.put(connection, self)
+            _idle_connections.put(self.connection, self)
 
     def discard(self) -> None:
         """Close the connection, unless it was left to other calls."""
-        if self.connection is not None:
+        if not self.is_released:
             self.close()
             self.channel.disconnect()
 
@@ -1145,7 +1146,7 @@ def _build_ssl_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLCo
 
 
 atexit.register(_idle_connections.close)
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
     os.register_at_fork(after_in_child=_idle_connections.begin_anew)
 
 

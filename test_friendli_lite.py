@@ -509,6 +509,7 @@ class RequestTests(TestCase):
             (TypeError, "did you mean 'timeout'", ("p",), {"timeout_ms": 1}),
             (TypeError, "did you mean 'headers'", ("p",), {"http_headers": 1}),
             (TypeError, "extra_body must be Mapping", ("p",), {"extra_body": "z"}),
+            (TypeError, "a name in extra_body must be str", ("p",), {"extra_body": {3: 1}}),
             (TypeError, "unknown field 3", ({"prompt": "p", 3: 1},), {}),
             (TypeError, "given twice", ("p",), {"prompt": "q"}),
             (TypeError, "prompt=[...]", (["p", "q"],), {}),
@@ -789,6 +790,19 @@ class RetryTests(TestCase):
             self.assertEqual(" This is a test!", "".join(part.text for part in stream))
         self.assertEqual(4, len(container.requests))
 
+    def test_close_from_another_thread_ends_a_wait_for_a_retry(self):
+        def close_meanwhile(seconds):
+            thread = threading.Thread(target=stream.close)
+            thread.start()
+            thread.join()
+
+        with StandInContainer(then_close(event_stream(done=False))) as container:
+            call, _ = prepared(container)
+            stream = friendli_lite.CompletionStream(call, call.run(friendli_lite._open_chunks))
+            call.sleep = close_meanwhile
+            self.assertRaises(friendli_lite.APIConnectionError, next, stream)
+            self.assertEqual(1, len(container.requests))
+
     def test_a_stream_is_never_tried_again_after_its_first_event(self):
         container = self.serve(then_close(event_stream(text_chunk("a"), done=False)))
         texts = []
@@ -872,6 +886,12 @@ class ErrorTests(TestCase):
             for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
                 self.assertEqual((type(error), str(error), vars(error)), (type(twin), str(twin), vars(twin)))
         self.assertEqual("POST http://h/v1/completions: text (after 3 attempts)", str(status))
+
+    def test_tls_that_cannot_be_set_up_is_an_error_of_the_connection(self):
+        os.environ["SSLKEYLOGFILE"] = os.path.join(HERE, "no", "such", "folder")
+        friendli_lite._build_ssl_context.cache_clear()
+        with self.assertRaisesRegex(friendli_lite.APIConnectionError, "cannot set up TLS"):
+            friendli_lite.complete("p", server_url="https://127.0.0.1:1", retries=0)
 
     def test_a_spent_total_timeout_sends_nothing(self):
         container = self.serve()
@@ -981,29 +1001,26 @@ class CommandLineTests(TestCase):
         status, _, err = self.run_main("p")
         self.assertEqual((130, ""), (status, err))
 
+    def run_main_to(self, stdout):
+        """Run the command line with a file of the operating system as stdout."""
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(io.StringIO()) as err:
+            status = friendli_lite.main(["p"])
+        with contextlib.suppress(OSError):  # what could not be written
+            stdout.close()
+        return status, err.getvalue()
+
     def test_a_closed_pipe_ends_it_quietly(self):
         self.serve()
-        with subprocess.Popen(
-            [sys.executable, os.path.join(HERE, "friendli_lite.py"), "p"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            process.stdout.close()
-            self.assertEqual(b"", process.stderr.read())
-        self.assertEqual(0, process.returncode)
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.assertEqual((0, ""), self.run_main_to(os.fdopen(writer, "w")))
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_is_said(self):
         self.serve()
-        with open("/dev/full", "w") as full:
-            ran = subprocess.run(
-                [sys.executable, os.path.join(HERE, "friendli_lite.py"), "p"],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        self.assertEqual(1, ran.returncode)
-        self.assertTrue(ran.stderr.startswith("friendli_lite: cannot write: "), ran.stderr)
+        status, err = self.run_main_to(os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"\Afriendli_lite: cannot write: .*\n\Z")
 
     def test_the_demo_and_the_module_run_as_the_readme_says(self):
         demo = [sys.executable, os.path.join(HERE, "test_friendli_lite.py"), "--demo", "Say this is a test!"]
@@ -1485,6 +1502,14 @@ class ThreadsAndProcessesTests(ConnectionTestCase):
             self.assertEqual(TEXT, text + "".join(chunk.text for chunk in stream))
             self.call(2)
             self.assertEqual((5, 3), (len(server.requests), server.connections))
+
+    def test_what_a_child_does_first_is_to_let_go_of_connections_and_lock(self):
+        with self.serve() as server:
+            self.call()
+            with friendli_lite._idle_connections.lock:  # as if another thread had held it
+                friendli_lite._idle_connections.begin_anew()
+            self.call()
+            self.assertEqual(2, server.connections)
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no os.fork()")
     def test_a_fork_while_another_thread_looks_for_a_connection_leaves_no_lock_behind(self):
