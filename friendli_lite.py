@@ -243,11 +243,13 @@ class RetryConfig:
     retry_timeouts: bool = False
 
     def __post_init__(self) -> None:
+        _check_type("max_retries", self.max_retries, (int,))
         for name in ("max_retries", "initial_delay", "max_delay", "multiplier", "max_retry_after"):
             value = getattr(self, name)
             _check_type(name, value, (int, float))
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, not {value}")
+        _check_type("status_codes", self.status_codes, (tuple, list, set, frozenset, range))
         for code in self.status_codes:
             _check_type("each of status_codes", code, (int,))
 
@@ -363,14 +365,10 @@ def complete(
         total_timeout: seconds for the whole call with its retries and waits; None for no limit.
         headers: added to, and winning over, the client's own.
         ssl_context: for a private CA or a client certificate; default: the system's CAs.
-        **fields: body fields, see `CompletionRequest`. They win over those of `request`, so that it can
-            serve as a template.
+        **fields: of the body; they win over the same of `request`, which can thus be a template.
 
     Raises:
-        APIStatusError: another status than 200.
-        APIConnectionError: no connection, or one that broke.
-        APITimeoutError: `timeout` or `total_timeout` was spent.
-        APIResponseError: an answer that is no completion.
+        FriendliError: the call failed; which of its subclasses says how.
         TypeError, ValueError: a mistake in the arguments; nothing was sent.
     """
     call = _Call(
@@ -422,8 +420,8 @@ class CompletionStream(_ChunkGenerator):
     """The chunks of an answer: a generator of `CompletionChunk`, and a context manager.
 
     The connection is let go at the end, by an exception, by leaving the `with` block, by `close()` and
-    by garbage collection. `close()` also ends, with an APIConnectionError, another thread's wait for the
-    next chunk.
+    by garbage collection. `close()` also ends another thread's wait for the next chunk, which then
+    raises APIConnectionError; a wait between two tries it ends only when that is over.
     """
 
     def __init__(self, call: _Call, chunks: _ChunkGenerator) -> None:
@@ -507,7 +505,10 @@ def _merge(request: object, fields: dict[str, Any]) -> CompletionRequest:
         if name not in known:
             import difflib  # only for a mistake
 
-            candidates = [*known, *(complete.__kwdefaults__ or ())]
+            arguments = complete.__kwdefaults__ or {}
+            if name in arguments:
+                raise TypeError(f"{name} is an argument of the call, not a field of its request")
+            candidates = [*known, *arguments]
             nearest = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"unknown field {name!r}; did you mean {nearest!r}? (Newer fields go into extra_body.)"
@@ -520,19 +521,20 @@ def _encode(body: dict[str, Any]) -> bytes:
     members = []
     for name, value in body.items():
         try:
-            members.append(f"{_to_json(name)}:{_to_json(value)}")
+            members.append(f"{_encode_value(name)}:{_encode_value(value)}")
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name!r} cannot be sent as JSON: {error}") from None
     return f"{{{','.join(members)}}}".encode("ascii")
 
 
-_to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_encode_value = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def _completions_url(server_url: str | None) -> str:
+    if server_url is not None:
+        _check_type("server_url", server_url, (str,))
     url = server_url or os.environ.get("FRIENDLI_SERVER_URL") or _DEFAULT_SERVER_URL
-    _check_type("server_url", url, (str,))
     if "@" in url:  # not shown: there may be a password
         raise ValueError("server_url must not hold user:password@; use token or headers")
     if not url.isascii() or re.search(r"[\x00-\x20\x7f?#\\]", url):
@@ -561,12 +563,14 @@ def _build_headers(accept: str, token: str | None, headers: Mapping[str, str] | 
     }
     token = os.environ.get("FRIENDLI_TOKEN", "") if token is None else token
     _check_type("token", token, (str,))
-    token = re.sub(r"^bearer ", "", token.strip(), flags=re.IGNORECASE).strip()
+    token = re.sub(r"^bearer(\s+|$)", "", token.strip(), flags=re.IGNORECASE)
     if re.search(r"[^\x20-\x7e]", token):
         raise ValueError("token holds a character that cannot stand in a header")
     if token:
         merged["Authorization"] = f"Bearer {token}"
-    for name, value in (headers or {}).items():
+    headers = {} if headers is None else headers
+    _check_type("headers", headers, (Mapping,))
+    for name, value in headers.items():
         _check_type("the name of a header", name, (str,))
         _check_type(f"the header {name!r}", value, (str,))
         # RFC 9110, 5.6.2 (token) and 5.5 (field-value)
@@ -604,7 +608,7 @@ class _Limits:
         _check_type("timeout", self.timeout, (int, float))
         _check_type("total_timeout", self.total_timeout, (int, float))
         if not self.timeout > 0 or math.isnan(self.total_timeout):
-            raise ValueError("timeout and total_timeout must be seconds above 0, or None for no limit")
+            raise ValueError("timeout and total_timeout must be seconds, timeout above 0, or None")
         self._clock = clock
         self._start = clock()
 
@@ -621,7 +625,7 @@ class _Limits:
             raise socket.timeout
         return min(self.timeout, left, _MAX_WAIT_SECONDS)
 
-    def for_connecting(self) -> _Limits:
+    def connect_limits(self) -> _Limits:
         return _Limits(None, min(_MAX_CONNECT_SECONDS, self.timeout, self.left()), self._clock)
 
     def __str__(self) -> str:
@@ -679,9 +683,12 @@ class _Call:
         if response is None:
             raise ValueError("HTTP_PROXY or HTTPS_PROXY is not like http://host:port")
         self.response = response
+        if self.is_aborted:
+            raise APIConnectionError("closed by another thread")
         _logger.debug("POST %s: status %d after %.3f s", self.url, response.status, self.limits.elapsed())
         if response.status != http.HTTPStatus.OK:
-            who = f"the server, or the proxy {request.proxy}," if request.proxy else "the server"
+            is_forwarded = request.proxy and request.tunnel is None
+            who = f"the server, or the proxy {request.proxy}," if is_forwarded else "the server"
             error = _status_error(response, who)
             response.release()
             raise error
@@ -703,7 +710,8 @@ class _Call:
         """Add the URL and the attempts, and take out the token, if a server has echoed it."""
         error.url = self.url
         error.attempts = self.attempts
-        secret = self.headers.get("Authorization", "").partition(" ")[2]
+        authorization = self.headers.get("Authorization", "")
+        secret = authorization.partition(" ")[2] or authorization
         if secret:
             error.args = tuple(_redact(text, secret) for text in error.args)
             for fields in (vars(error), getattr(error, "headers", {})):
@@ -873,14 +881,13 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
 
     def _exchange(self, connection: _Connection, request: _Request) -> _Response:
         via = f" through the proxy {request.proxy}" if request.proxy else ""
+        patience = f"it took over {self._limits.connect_limits().total_timeout:.3g} s"
         try:
             return connection.exchange(request, self._limits)
         except _TRANSPORT_ERRORS as error:
             if connection.channel is not None:
                 failure = _connection_error(f"no answer{via}", error, self._limits)
             else:
-                limits = (_MAX_CONNECT_SECONDS, self._limits.timeout, self._limits.total_timeout)
-                patience = f"it took over {min(limits):.3g} s"
                 advice = "; see HTTP_PROXY and HTTPS_PROXY" if via else "; is it up? see server_url"
                 failure = _connection_error(f"cannot connect{via}", error, patience, advice)
         raise failure  # not in the except block, whose error would become its context
@@ -900,7 +907,7 @@ class _Connection(http.client.HTTPConnection):
 
     def exchange(self, request: _Request, limits: _Limits) -> _Response:
         """Connect if need be, send a request, and return the answer when its head is in."""
-        self.channel = self.sock = self.channel or self._open_channel(limits.for_connecting())
+        self.channel = self.sock = self.channel or self._open_channel(limits.connect_limits())
         self.channel.limits = limits
         self.channel.received = 0
         self.channel.in_head = True
@@ -1123,7 +1130,7 @@ class _IdleConnections:
             while self._idle:
                 self._idle.pop()[1].channel.disconnect()
 
-    def begin_anew(self) -> None:
+    def forget_after_fork(self) -> None:
         """In a child after a fork, drop the parent's connections, which stay open there, and its lock."""
         self.lock = threading.Lock()
         self.close()
@@ -1147,7 +1154,7 @@ def _build_ssl_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLCo
 
 atexit.register(_idle_connections.close)
 if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
-    os.register_at_fork(after_in_child=_idle_connections.begin_anew)
+    os.register_at_fork(after_in_child=_idle_connections.forget_after_fork)
 
 
 # --- Reading the answer ---
@@ -1290,8 +1297,8 @@ def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
         size += sum(map(len, lines), len(lines))
         for line in lines:
             if not line:
-                # "If the data buffer is an empty string, set the data buffer and the event type buffer
-                # to the empty string and return." An error without data is one all the same.
+                # Beyond "If the data buffer is an empty string, ... return": blank data, seen as a sign
+                # of life, is no event, but an error without data is one.
                 if any(data) or event == "error":
                     yield event, b"\n".join(data)
                     size = 0
@@ -1347,15 +1354,16 @@ def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
 def _parse(data: bytes | bytearray, build: Callable[[dict[str, Any]], _T]) -> _T:
     try:
         text = data.decode().strip()
-        raw, end = _json.raw_decode(text)
+        raw, end = _decoder.raw_decode(text)
         if end != len(text) or not isinstance(raw, dict):
             raise ValueError("it is not one object")
         if raw.get("error") is None:
             return build(raw)
+        failure = _error_in_answer(data)
     except (ValueError, RecursionError) as error:
         page = data[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
-        raise APIResponseError(_one_line(f"the answer is no completion: {error}: {page}"), page) from None
-    raise _error_in_answer(data)
+        failure = APIResponseError(_one_line(f"the answer is no completion: {error}: {page}"), page)
+    raise failure  # not in the except block, whose error would become its context
 
 
 def _error_in_answer(payload: bytes | bytearray) -> APIResponseError:
@@ -1367,7 +1375,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_json = json.JSONDecoder(parse_constant=_refuse_constant)
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _completion(raw: dict[str, Any]) -> Completion:
@@ -1407,7 +1415,7 @@ def _text(choice: dict[str, Any]) -> str:
     text = choice.get("text")
     if isinstance(text, str):
         return text
-    if text is None and choice.get("finish_reason"):
+    if text is None and _finish_reason(choice):
         return ""
     raise ValueError("a choice has no text")
 
@@ -1453,7 +1461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has enough; what is buffered must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        return _complain(f"cannot write: {error}")
+        return _complain(f"cannot read or write: {error}")
     except KeyboardInterrupt:
         return 130
     return 0
@@ -1515,7 +1523,7 @@ def _print_completion(options: argparse.Namespace) -> None:
             elif chunk.choices and not chunk.choices[0].index:  # of several choices, the first
                 print(chunk.text, end="", flush=True)
     if not options.json:
-        print()
+        print(flush=True)
 
 
 def _body_fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -540,6 +540,8 @@ class RequestTests(TestCase):
             (TypeError, "token must be str", ("p",), {"token": 3}),
             (TypeError, "the header 'a' must be str", ("p",), {"headers": {"a": 3}}),
             (TypeError, "the name of a header must be str", ("p",), {"headers": {3: "a"}}),
+            (TypeError, "headers must be Mapping", ("p",), {"headers": [("a", "b")]}),
+            (TypeError, "server_url must be str", ("p",), {"server_url": []}),
             (ValueError, "'a b' cannot be the name", ("p",), {"headers": {"a b": "c"}}),
             (ValueError, "the header 'a' holds", ("p",), {"headers": {"a": "b\r\nc: d"}}),
             (ValueError, "the client's to set", ("p",), {"headers": {"Content-Length": "3"}}),
@@ -567,11 +569,12 @@ class RequestTests(TestCase):
 
     def test_a_retry_config_refuses_what_is_no_number_of_seconds(self):
         for name in ("max_retries", "initial_delay", "max_delay", "multiplier", "max_retry_after"):
-            for value, kind in ((-1, ValueError), (float("inf"), ValueError), ("1", TypeError)):
+            for value, kind in ((-1, ValueError), (float("inf"), (TypeError, ValueError)), ("1", TypeError)):
                 with self.subTest(name=name, value=value), self.assertRaisesRegex(kind, name):
                     friendli_lite.RetryConfig(**{name: value})
-        with self.assertRaisesRegex(TypeError, "status_codes must be int, not str"):
-            friendli_lite.RetryConfig(status_codes=["429"])
+        for fields in ({"status_codes": ["429"]}, {"status_codes": "429"}, {"max_retries": 2.5}):
+            with self.subTest(fields=fields), self.assertRaisesRegex(TypeError, next(iter(fields))):
+                friendli_lite.RetryConfig(**fields)
 
 
 # --- What is answered ---
@@ -790,6 +793,17 @@ class RetryTests(TestCase):
             self.assertEqual(" This is a test!", "".join(part.text for part in stream))
         self.assertEqual(4, len(container.requests))
 
+    def test_close_from_another_thread_ends_a_try_whose_answer_is_still_to_come(self):
+        def answer_after_close(sock):
+            stream.close()
+            sock.sendall(event_stream(text_chunk("late")))
+
+        with StandInContainer(then_close(event_stream(done=False)), answer_after_close) as container:
+            call, _ = prepared(container)
+            stream = friendli_lite.CompletionStream(call, call.run(friendli_lite._open_chunks))
+            with self.assertRaisesRegex(friendli_lite.APIConnectionError, "closed by another thread"):
+                next(stream)
+
     def test_close_from_another_thread_ends_a_wait_for_a_retry(self):
         def close_meanwhile(seconds):
             thread = threading.Thread(target=stream.close)
@@ -826,6 +840,21 @@ class RetryTests(TestCase):
 
 
 class ErrorTests(TestCase):
+    def test_an_answer_before_all_was_sent_is_read_where_the_connection_broke(self):
+        """As 413 may come; the connection is not used again."""
+        container = self.serve(json_answer({"error": "too large"}, 413))
+        request = friendli_lite._Connection.request
+
+        def broken_request(connection, *arguments):
+            request(connection, *arguments)
+            raise BrokenPipeError
+
+        patch = mock.patch.object(friendli_lite._Connection, "request", broken_request)
+        with patch, self.assertRaisesRegex(friendli_lite.APIStatusError, "too large"):
+            friendli_lite.complete("p")
+        friendli_lite.complete("p")
+        self.assertEqual(2, container.connections)
+
     def test_no_server_is_an_error_that_says_where_how_often_and_what_to_set(self):
         container = self.serve()
         container.close()
@@ -967,7 +996,7 @@ class CommandLineTests(TestCase):
             (("--set", "stop", "p"), "NAME=JSON"),
             (("--set", "stop=[", "p"), "NAME=JSON"),
             (("--set", "tokens=[1]", "p"), "both were given"),
-            (("--set", 'token="flp"', "p"), "unknown field 'token'"),
+            (("--set", 'token="flp"', "p"), "token is an argument of the call"),
             (("--retries", "-1", "p"), "max_retries"),
             (("--timeout", "0", "p"), "timeout"),
             (("--server-url", "nowhere", "p"), "server_url"),
@@ -1020,7 +1049,7 @@ class CommandLineTests(TestCase):
         self.serve()
         status, err = self.run_main_to(os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
         self.assertEqual(1, status)
-        self.assertRegex(err, r"\Afriendli_lite: cannot write: .*\n\Z")
+        self.assertRegex(err, r"\Afriendli_lite: cannot read or write: .*\n\Z")
 
     def test_the_demo_and_the_module_run_as_the_readme_says(self):
         demo = [sys.executable, os.path.join(HERE, "test_friendli_lite.py"), "--demo", "Say this is a test!"]
@@ -1507,7 +1536,7 @@ class ThreadsAndProcessesTests(ConnectionTestCase):
         with self.serve() as server:
             self.call()
             with friendli_lite._idle_connections.lock:  # as if another thread had held it
-                friendli_lite._idle_connections.begin_anew()
+                friendli_lite._idle_connections.forget_after_fork()
             self.call()
             self.assertEqual(2, server.connections)
 
