@@ -4,7 +4,8 @@
     python3 test_friendli_lite.py --demo "Say this is a test!"       # the command line, against a stand-in
     python3 test_friendli_lite.py --serve 8000                       # the stand-in alone, until Ctrl-C
 
-All of it is on 127.0.0.1, and nothing waits for real time: sleep, clock and chance are injected.
+All of it is on 127.0.0.1. Sleep, clock and chance are injected; only what tests the time limits of sockets
+waits, for some tenths of a second.
 """
 
 from __future__ import annotations
@@ -1852,12 +1853,6 @@ def payload(call, data):
     return data if call is complete else b"data: " + data + b"\n\ndata: [DONE]\n\n"
 
 
-def then_reset(sock):
-    """End the answer with a RST in place of a FIN."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    return CLOSE
-
-
 class WireTestCase(TestCase):
     """A test of what becomes of scripted bytes."""
 
@@ -1933,7 +1928,7 @@ def feedings(data):
         yield [data[:position], data[position:]]
 
 
-class ReaderTest(WireTestCase):
+class ReaderTests(WireTestCase):
     def test_events_are_the_same_however_their_bytes_arrive(self):
         for name, (data, events) in READER_CASES.items():
             for pieces in feedings(data + b"data: [DONE]\n\ndata: late\n\n"):
@@ -1960,7 +1955,7 @@ class ReaderTest(WireTestCase):
 # --- The end ---
 
 
-class EndTest(WireTestCase):
+class EndTests(WireTestCase):
     def test_done_ends_a_stream_in_all_its_spellings(self):
         one = sse(text_chunk("a"), done=False)
         for end in ("\n\n", "\r\n\r\n", "\r\r", "\n", "\r", "", " \n\n", "\n\ndata: {\n\n"):
@@ -2013,7 +2008,7 @@ class EndTest(WireTestCase):
             def reset(sock, data=data, delivered=delivered):
                 sock.sendall(data[: data.index(b"\n\n") + 9])
                 delivered.wait(5)
-                return then_reset(sock)
+                return rst(sock)
 
             with self.subTest(framing):
                 self.container.script(reset)
@@ -2024,10 +2019,10 @@ class EndTest(WireTestCase):
                         next(chunks)
                     self.assertIs(type(caught.exception), APIConnectionError)
                     self.assertEqual(list(chunks), [])
-        self.check_error(APIConnectionError, self.answer(complete, then_reset))
+        self.check_error(APIConnectionError, self.answer(complete, rst))
 
 
-class MidStreamErrorTest(WireTestCase):
+class MidStreamErrorTests(WireTestCase):
     FORMS = {
         "an error object": b'data: {"error": {"message": "out of memory", "code": 500}}\n\n',
         "an error that is a text": b'data: {"error": "out of memory"}\n\n',
@@ -2065,7 +2060,7 @@ class MidStreamErrorTest(WireTestCase):
 # --- Broken payloads and broken HTTP ---
 
 
-class PayloadTest(WireTestCase):
+class PayloadTests(WireTestCase):
     BROKEN = [
         *(b"hello", b"{", b'{"choices":[]', b'{"choices":[]} x', b'{"choices":[]}{}', b"{'choices':[]}"),
         *(b"null", b"true", b"7", b'"choices"', b"[]", b'[{"choices":[]}]', b"{}"),
@@ -2149,7 +2144,7 @@ class PayloadTest(WireTestCase):
                     self.check_error(kind, self.answer(call, answer), *words)
 
 
-class BrokenHTTPTest(WireTestCase):
+class BrokenHTTPTests(WireTestCase):
     OK = b"HTTP/1.1 200 OK\r\n"
     BROKEN = {
         "nothing": b"",
@@ -2243,7 +2238,7 @@ def endless(start, piece):
     return answer
 
 
-class EndlessTest(WireTestCase):
+class EndlessTests(WireTestCase):
     LIMIT = 64 * 1024
     COMPLETION = head(Content_Type=JSON)
     STREAM = head(Content_Type=EVENTS)
@@ -2317,7 +2312,7 @@ def leave_block(chunks):
         next(chunks)
 
 
-class ConsumerTest(TestCase):
+class ConsumerTests(TestCase):
     LEFT = {"before its start": id, "in its middle": next}
     ENDED = {
         "closed before its start": friendli_lite.CompletionStream.close,
@@ -2425,7 +2420,7 @@ def read_pieces(pieces):
     return found, None
 
 
-class FuzzTest(unittest.TestCase):
+class FuzzTests(unittest.TestCase):
     def check_mutant(self, dice):
         data = dice.choice(RECORDED)
         for _ in range(dice.randrange(1, 5)):
