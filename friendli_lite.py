@@ -999,7 +999,7 @@ class _Channel(io.RawIOBase):
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
         while view:  # each piece that the server takes is a sign of life
-            self._sock.settimeout(self.limits.next_wait())
+            self._set_timeout()
             view = view[self._sock.send(view[:_PIECE_BYTES]) :]
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1009,7 +1009,7 @@ class _Channel(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(self.limits.next_wait())
+        self._set_timeout()
         count = self._sock.recv_into(buffer)
         if not count and self.in_head:  # which http.client would take for the end of the head
             raise http.client.RemoteDisconnected("the connection was closed before an answer")
@@ -1017,6 +1017,11 @@ class _Channel(io.RawIOBase):
         if self.received > _MAX_FRAMING_BYTES:
             raise http.client.HTTPException(f"over {_MAX_FRAMING_BYTES} bytes of headers or trailers")
         return count
+
+    def _set_timeout(self) -> None:
+        seconds = self.limits.next_wait()
+        if seconds != self._sock.gettimeout():  # setting it costs a system call
+            self._sock.settimeout(seconds)
 
     def is_quiet(self) -> bool:
         """Tell whether the server has neither closed nor sent what nobody asked for."""
