@@ -54,6 +54,11 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
     _ChunkGenerator = Generator["CompletionChunk", None, None]
+
+    # Where a connection leads; calls of the same route may share one: the host with its port, if it has
+    # one (for http through a proxy, the proxy's), the proxy to tunnel through for https, the credentials
+    # for that, and the context for TLS.
+    _Route = tuple[str, tuple[str, int] | None, str | None, ssl.SSLContext | None]
 else:
     _ChunkGenerator = Generator  # Python 3.8 cannot subscript it
 
@@ -833,16 +838,6 @@ class _Request(urllib.request.Request):
             super().set_proxy(host, type)
 
 
-@dataclass(frozen=True)
-class _Route:
-    """Where a connection leads; calls of the same route may share one."""
-
-    host: str  # with its port, if it has one; for http through a proxy, the proxy
-    tunnel: tuple[str, int] | None = None  # for https through a proxy, the proxy
-    tunnel_credentials: str | None = None
-    ssl_context: ssl.SSLContext | None = None  # for https
-
-
 class _KeepAliveHandler(urllib.request.BaseHandler):
     """Sends a request over an idle connection if one is alive, else over a new one."""
 
@@ -851,7 +846,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         self._ssl_context = ssl_context
 
     def http_open(self, request: _Request) -> _Response:
-        return self._send(request, _Route(request.host))
+        return self._send(request, (request.host, None, None, None))
 
     def https_open(self, request: _Request) -> _Response:
         tunnel = credentials = None
@@ -864,7 +859,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
             context = self._ssl_context or _default_ssl_context()
         except OSError as error:  # SSLKEYLOGFILE cannot be written, for example
             raise _connection_error("cannot set up TLS", error, self._limits) from error
-        return self._send(request, _Route(request.host, tunnel, credentials, context))
+        return self._send(request, (request.host, tunnel, credentials, context))
 
     def _send(self, request: _Request, route: _Route) -> _Response:
         idle = _idle_connections.take(route)
@@ -897,8 +892,9 @@ class _Connection(http.client.HTTPConnection):
     """A connection that can serve many calls, one at a time."""
 
     def __init__(self, route: _Route) -> None:
-        self.default_port = http.client.HTTPS_PORT if route.ssl_context else http.client.HTTP_PORT
-        super().__init__(route.host)
+        host, self.tunnel, self.tunnel_credentials, self.ssl_context = route
+        self.default_port = http.client.HTTPS_PORT if self.ssl_context else http.client.HTTP_PORT
+        super().__init__(host)
         self.response_class = _Response
         self.route = route
         self.channel: _Channel | None = None
@@ -927,15 +923,15 @@ class _Connection(http.client.HTTPConnection):
 
     def _open_channel(self, limits: _Limits) -> _Channel:
         """Connect: TCP, then the proxy's tunnel, then TLS."""
-        host, port = self.route.tunnel or (self.host, self.port)
+        host, port = self.tunnel or (self.host, self.port)
         sock = _open_socket(host, port, limits)
         try:
             _set_options(sock)
-            if self.route.tunnel:
+            if self.tunnel:
                 self._open_tunnel(_Channel(sock, limits), f"the proxy {host}:{port}")
-            if self.route.ssl_context:
+            if self.ssl_context:
                 sock.settimeout(limits.next_wait())
-                sock = self.route.ssl_context.wrap_socket(sock, server_hostname=self.host)
+                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.host)
         except BaseException:
             sock.close()
             raise
@@ -945,8 +941,8 @@ class _Connection(http.client.HTTPConnection):
         """Have the proxy connect to the host (RFC 9110, 9.3.6), or raise its refusal."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = f"CONNECT {host}:{self.port} HTTP/1.1\r\nHost: {host}:{self.port}\r\n"
-        if self.route.tunnel_credentials:
-            head += f"Proxy-Authorization: {self.route.tunnel_credentials}\r\n"
+        if self.tunnel_credentials:
+            head += f"Proxy-Authorization: {self.tunnel_credentials}\r\n"
         channel.sendall(f"{head}\r\n".encode("latin-1"))
         response = _Response(channel, method="CONNECT")
         response.begin()
