@@ -462,7 +462,9 @@ class RequestTests(TestCase):
                     self.assertEqual(accept, received.headers["accept"])
                     self.assertEqual("application/json", received.headers["content-type"])
                     self.assertEqual(f"127.0.0.1:{container.port}", received.headers["host"])
-                    self.assertTrue(received.headers["user-agent"].startswith("friendli_lite/"))
+                    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+                    agent = f"friendli_lite/{friendli_lite.__version__} Python/{python}"
+                    self.assertEqual(agent, received.headers["user-agent"])
 
     def test_the_server_url_takes_prefixes_slashes_and_v1(self):
         for url, expected in (
@@ -623,6 +625,20 @@ class AnswerTests(TestCase):
         self.assertEqual(friendli_lite.Completion(choices=[choice], usage=usage, raw=answer), completion)
         self.assertEqual(answer, completion.raw)
         self.assertEqual("", friendli_lite.complete("p").text)
+
+    def test_the_end_of_a_choice_may_lack_a_text(self):
+        answer = {"choices": [{"finish_reason": "stop"}]}
+        self.serve(json_answer(answer), event_stream(answer))
+        self.assertEqual("", friendli_lite.complete("p").choices[0].text)
+        self.assertEqual([""], [part.choices[0].text for part in friendli_lite.stream("p")])
+
+    def test_text_is_that_of_the_first_choice_and_empty_by_default(self):
+        for answer, choice in (
+            (friendli_lite.Completion, friendli_lite.CompletionChoice),
+            (friendli_lite.CompletionChunk, friendli_lite.ChunkChoice),
+        ):
+            self.assertEqual("a", answer(choices=[choice(text="a"), choice(text="b")]).text)
+            self.assertEqual("", choice().text)
 
     def test_no_finish_reason_is_none_however_it_is_spelled(self):
         for spelled in (None, "null", ""):
@@ -916,6 +932,8 @@ class ErrorTests(TestCase):
             for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
                 self.assertEqual((type(error), str(error), vars(error)), (type(twin), str(twin), vars(twin)))
         self.assertEqual("POST http://h/v1/completions: text (after 3 attempts)", str(status))
+        error = friendli_lite.FriendliError("text")
+        self.assertEqual(("text", 0, ""), (str(error), error.attempts, error.url))
 
     def test_tls_that_cannot_be_set_up_is_an_error_of_the_connection(self):
         os.environ["SSLKEYLOGFILE"] = os.path.join(HERE, "no", "such", "folder")
@@ -1437,6 +1455,11 @@ class ReuseTests(ConnectionTestCase):
                 self.call(ssl_context=context)
                 self.assertEqual(connections, server.connections)
 
+    def test_the_default_ports_are_80_and_443(self):
+        for context, port in ((None, 80), (ssl.create_default_context(), 443)):
+            connection = friendli_lite._Connection(("h", None, None, context))
+            self.assertEqual(("h", port), (connection.host, connection.port))
+
     def test_the_pool_is_bounded(self):
         with mock.patch.object(friendli_lite, "_MAX_IDLE_CONNECTIONS", 3), self.serve() as server:
             for stream in [friendli_lite.stream("x") for _ in range(8)]:
@@ -1478,10 +1501,21 @@ class DeadConnectionTests(ConnectionTestCase):
         self.assertEqual((2, 1), (len(server.requests), len(restarted.requests)))
 
     def test_one_that_is_closed_at_the_very_moment_is_replaced_if_no_byte_of_an_answer_came(self):
-        for end in (fin, rst):
-            with self.case(end), self.serve(ANSWER, end) as server:
-                self.call(2)
+        for scheme, end in itertools.product(["http", "https"], [fin, rst]):
+            with self.each(scheme, ANSWER, end) as (server, options):
+                self.call(2, **options)
                 self.assertEqual((3, 2), (len(server.requests), server.connections))
+
+    def test_one_that_breaks_late_has_most_likely_been_served_and_is_not_replaced(self):
+        def end_late(sock):
+            time.sleep(0.1)
+            return CLOSE
+
+        patch = mock.patch.object(friendli_lite, "_MAX_STALE_SECONDS", 0.05)
+        with patch, self.serve(ANSWER, end_late) as server:
+            self.call()
+            self.failure(friendli_lite.APIConnectionError)
+            self.assertEqual((2, 1), (len(server.requests), server.connections))
 
     def test_after_a_byte_of_an_answer_or_on_a_fresh_one_the_request_is_not_sent_again(self):
         for script in ([ANSWER, then_close(b"H")], [fin], [rst]):
@@ -1603,6 +1637,24 @@ class TimeTests(ConnectionTestCase):
             cases.append(("retries", quiet, stream, limits))
             self.check_limits(cases)
 
+    def test_connecting_has_a_limit_of_its_own_and_none_is_no_limit(self):
+        self.serve()
+        self.call(timeout=None)
+        with contextlib.ExitStack() as stack, self.within(1):
+            stack.enter_context(mock.patch.object(friendli_lite, "_MAX_CONNECT_SECONDS", 0.1))
+            url = listener(stack, backlog=0)
+            error = self.failure(friendli_lite.APITimeoutError, server_url=url)
+        self.assertIn("cannot connect: it took over 0.1 s", str(error))
+
+    def test_a_limit_says_which_one_was_spent(self):
+        clock = mock.Mock(return_value=0.0)
+        limits = friendli_lite._Limits(0.2, 0.9, clock)
+        self.assertEqual("the server was silent for timeout=0.2 s", str(limits))
+        self.assertEqual(0.2, limits.next_wait())
+        clock.return_value = 0.9
+        self.assertEqual("total_timeout=0.9 s was spent", str(limits))
+        self.assertRaises(socket.timeout, limits.next_wait)
+
     def test_total_timeout_bounds_a_trickle_which_is_no_silence(self):
         complete, stream = CALLS
         limits = {"timeout": 0.25, "total_timeout": 0.4}
@@ -1678,6 +1730,13 @@ class ProxyTests(ConnectionTestCase):
                     self.assertIn(f"the proxy 127.0.0.1:{proxy.port}", str(error))
                     self.assertNotIn("wrong-secret", shown(error))
                 self.assertEqual(2, len(server.requests))
+
+    def test_an_ipv6_address_is_tunnelled_to_in_brackets(self):
+        with Proxy(refusal=json_answer({}, 502)) as proxy:
+            self.through(proxy.url)
+            self.failure(friendli_lite.APIStatusError, server_url="https://[::1]:8443")
+            (first,) = proxy.requests
+            self.assertEqual(("[::1]:8443", "[::1]:8443"), (first.path, first.headers["host"]))
 
     def test_no_proxy_is_heeded_at_each_call(self):
         for scheme in ("http", "https"):
@@ -1766,6 +1825,10 @@ class TLSTests(ConnectionTestCase):
             with self.serve(tls=server_tls()), ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda _: self.call(2), range(8)))
             self.assertEqual(1, build.call_count)
+            for name in ("SSL_CERT_DIR", "SSL_CERT_FILE"):
+                before = friendli_lite._default_ssl_context()
+                os.environ[name] = path(".")
+                self.assertIsNot(before, friendli_lite._default_ssl_context(), name)
 
 
 class TokenTests(ConnectionTestCase):
@@ -2041,7 +2104,7 @@ class MidStreamErrorTests(WireTestCase):
                     with self.subTest(name, start=start, end=end):
                         result = self.answer(stream, framed(start + form + end, "length", EVENTS))
                         self.assertEqual(result[0], before)
-                        self.check_error(APIResponseError, result, "out of memory")
+                        self.check_error(APIResponseError, result, "the server failed", "out of memory")
                         self.assertIn(result[1].body, form.decode())
                         self.assertIn("out of memory", result[1].body)
 
@@ -2051,6 +2114,7 @@ class MidStreamErrorTests(WireTestCase):
             b"error\n\n",
             b"event: error\ndata: [DONE]\n\n",
             b'data: {"error": {}}\n\n',
+            b"event: error\ndata: " + ONE + b"\n\n",
         ):
             with self.subTest(form):
                 body = form + b"data: [DONE]\n\n"
@@ -2141,7 +2205,10 @@ class PayloadTests(WireTestCase):
                 ),
             ]:
                 with self.subTest(name, call=call.__name__):
-                    self.check_error(kind, self.answer(call, answer), *words)
+                    result = self.answer(call, answer)
+                    self.check_error(kind, result, *words)
+                    if name == "HTML":
+                        self.assertEqual(page.decode(), result[1].body)
 
 
 class BrokenHTTPTests(WireTestCase):
@@ -2713,6 +2780,12 @@ class HelpTests(TestCase):
         text = pydoc.render_doc(friendli_lite, renderer=pydoc.plaintext)
         for word in ("seconds", "Raises:", "Architecture Blog", "Friendli Suite", "$FRIENDLI_TOKEN"):
             self.assertIn(word, text)
+
+    def test_each_option_has_its_help_and_each_value_a_name(self):
+        for action in friendli_lite._parser()._actions:
+            with self.subTest(action.dest):
+                self.assertTrue(action.help)
+                self.assertTrue(action.metavar or action.nargs == 0 or action.dest == "model")
 
     def test_the_options_fit_a_terminal_and_their_two_examples_work(self):
         os.environ.update(COLUMNS="80", NO_COLOR="1")
