@@ -1045,14 +1045,16 @@ class CommandLineTests(TestCase):
             os.kill(os.getpid(), signal.SIGINT)
             sock.sendall(event_stream())  # wakes the client, if it waited before the signal came
 
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored under nohup
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
         self.serve(interrupt)
         status, _, err = self.run_main("p")
         self.assertEqual((130, ""), (status, err))
 
-    def run_main_to(self, stdout):
+    def run_main_to(self, stdout, *options):
         """Run the command line with a file of the operating system as stdout."""
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(io.StringIO()) as err:
-            status = friendli_lite.main(["p"])
+            status = friendli_lite.main([*options, "p"])
         with contextlib.suppress(OSError):  # what could not be written
             stdout.close()
         return status, err.getvalue()
@@ -1066,9 +1068,11 @@ class CommandLineTests(TestCase):
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_is_said(self):
         self.serve()
-        status, err = self.run_main_to(os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
-        self.assertEqual(1, status)
-        self.assertRegex(err, r"\Afriendli_lite: cannot read or write: .*\n\Z")
+        for options in ((), ("--json",), ("--no-stream",)):
+            with self.subTest(options=options):
+                status, err = self.run_main_to(os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"), *options)
+                self.assertEqual(1, status)
+                self.assertRegex(err, r"\Afriendli_lite: cannot read or write: .*\n\Z")
 
     def test_the_demo_and_the_module_run_as_the_readme_says(self):
         demo = [sys.executable, os.path.join(HERE, "test_friendli_lite.py"), "--demo", "Say this is a test!"]
@@ -1460,6 +1464,14 @@ class ReuseTests(ConnectionTestCase):
             connection = friendli_lite._Connection(("h", None, None, context))
             self.assertEqual(("h", port), (connection.host, connection.port))
 
+    def test_the_longest_idle_are_closed_first(self):
+        pool = friendli_lite._IdleConnections(lambda: 0.0)
+        answers = [mock.Mock() for _ in range(3)]
+        with mock.patch.object(friendli_lite, "_MAX_IDLE_CONNECTIONS", 2):
+            for answer in answers:
+                pool.put(mock.Mock(), answer)
+        self.assertEqual([1, 0, 0], [answer.channel.disconnect.call_count for answer in answers])
+
     def test_the_pool_is_bounded(self):
         with mock.patch.object(friendli_lite, "_MAX_IDLE_CONNECTIONS", 3), self.serve() as server:
             for stream in [friendli_lite.stream("x") for _ in range(8)]:
@@ -1506,6 +1518,15 @@ class DeadConnectionTests(ConnectionTestCase):
                 self.call(2, **options)
                 self.assertEqual((3, 2), (len(server.requests), server.connections))
 
+    def test_over_tls_one_that_ends_with_an_alert_is_replaced_too(self):
+        def alert(sock):
+            os.write(sock.fileno(), b"\x15\x03\x03\x00\x02\x02\x50")  # past the encryption
+            return CLOSE
+
+        with self.each("https", ANSWER, alert) as (server, options):
+            self.call(2, **options)
+            self.assertEqual((3, 2), (len(server.requests), server.connections))
+
     def test_one_that_breaks_late_has_most_likely_been_served_and_is_not_replaced(self):
         def end_late(sock):
             time.sleep(0.1)
@@ -1518,7 +1539,8 @@ class DeadConnectionTests(ConnectionTestCase):
             self.assertEqual((2, 1), (len(server.requests), server.connections))
 
     def test_after_a_byte_of_an_answer_or_on_a_fresh_one_the_request_is_not_sent_again(self):
-        for script in ([ANSWER, then_close(b"H")], [fin], [rst]):
+        half_a_head = head(Content_Type="application/json")[:-2]
+        for script in ([ANSWER, then_close(b"H")], [ANSWER, then_close(half_a_head)], [fin], [rst]):
             with self.case(script), self.serve(*script) as server:
                 self.call(len(script) - 1)
                 self.assertEqual(1, self.failure(friendli_lite.APIConnectionError).attempts)
@@ -1798,7 +1820,11 @@ class TLSTests(ConnectionTestCase):
             with contextlib.closing(server.accept()[0]) as sock:
                 answer(sock)
 
-        for answer in (then_close(b"HTTP/1.1 400 Bad Request\r\n\r\n"), fin, rst):
+        def rst_in_the_handshake(sock):
+            sock.recv(1)  # a RST before it makes wrap_socket() of CPython leave a socket open
+            rst(sock)
+
+        for answer in (then_close(b"HTTP/1.1 400 Bad Request\r\n\r\n"), fin, rst_in_the_handshake):
             with self.case(answer), socket.create_server(("127.0.0.1", 0)) as server:
                 server.settimeout(5)
                 with ThreadPoolExecutor(1) as pool:
@@ -2062,6 +2088,10 @@ class EndTests(WireTestCase):
                     only_json_tells = (call, framing) == (complete, "close") and b"\r\n\r\n" in data[:cut]
                     kind = APIResponseError if only_json_tells else APIConnectionError
                     self.assertIs(type(error), type(None) if whole else kind)
+
+    def test_an_answer_cut_within_a_chunk_says_so(self):
+        result = self.answer(complete, framed(ONE, "chunked", JSON)[:-9])
+        self.check_error(APIConnectionError, result, "broke off: the connection was closed before its end")
 
     def test_a_reset_connection_is_an_error_after_the_chunks_that_came(self):
         for framing in FRAMINGS:
@@ -2864,12 +2894,19 @@ class StrangersMachineTests(TestCase):
             return CLOSE
 
         self.serve(answer)
+        os.environ.pop("PYTHONUNBUFFERED", None)  # would do what is tested here
         command = [sys.executable, friendli_lite.__file__, "Hi"]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             self.assertEqual(b"first", process.stdout.read(5))
             reader_has_it.set()
             self.assertEqual([b"second"], process.stdout.read().split())
         self.assertEqual(0, process.returncode)
+        reader_has_it.clear()
+        self.serve(answer)
+        with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE) as process:
+            self.assertEqual(text_chunk("first"), json.loads(process.stdout.readline()))
+            reader_has_it.set()
+            self.assertEqual(text_chunk(" second"), json.loads(process.stdout.read()))
 
     def test_closed_standard_streams_do_no_harm(self):
         self.addCleanup(setattr, logging.root, "handlers", logging.root.handlers[:])
