@@ -1,4 +1,3 @@
-# friendli_lite: Friendli's text completions with Python's standard library alone.
 # Copyright (c) 2026 The friendli_lite authors
 # SPDX-License-Identifier: MIT (https://opensource.org/license/mit)
 """Text completions of a Friendli Container, in one file that needs nothing installed.
@@ -10,14 +9,9 @@
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
 
-The server is $FRIENDLI_SERVER_URL, or http://localhost:8000; the token is $FRIENDLI_TOKEN. Friendli's
-hosted products want another `server_url`, a token and a `model`.
-
-Tried again, up to 3 times: the statuses 429, 500, 502, 503 and 504, and connections that fail or
-break; never after the first event of a stream, a timeout or a refused certificate (`RetryConfig`).
-What fails in the end, also an answer that was cut short, raises a `FriendliError`.
-
-Left out on purpose: chat and all other endpoints, an async API, HTTP/2, a client object.
+$FRIENDLI_SERVER_URL (default: http://localhost:8000) and $FRIENDLI_TOKEN are obeyed; `RetryConfig` says what
+is tried again. A call that fails, also by an answer that is cut short, raises a `FriendliError`.
+Left out on purpose: all other endpoints (chat, too), an async API, HTTP/2, a client object.
 """
 
 from __future__ import annotations
@@ -25,7 +19,6 @@ from __future__ import annotations
 import atexit
 import codecs
 import contextlib
-import dataclasses
 import email.utils
 import functools
 import http.client
@@ -54,102 +47,56 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
     _ChunkGenerator = Generator["CompletionChunk", None, None]
-
-    # Where a connection leads; calls of the same route may share one: the host with its port, if it has
-    # one (for http through a proxy, the proxy's), the proxy to tunnel through for https, the credentials
-    # for that, and the context for TLS.
-    _Route = tuple[str, tuple[str, int] | None, str | None, ssl.SSLContext | None]
+    # The way to a server: scheme, host, proxy, credentials for a tunnel through it, context for TLS
+    _Route = tuple[str, str, str | None, str | None, ssl.SSLContext | None]
 else:
     _ChunkGenerator = Generator  # Python 3.8 cannot subscript it
 
-__all__ = [
-    "APIConnectionError",
-    "APIResponseError",
-    "APIStatusError",
-    "APITimeoutError",
-    "ChunkChoice",
-    "Completion",
-    "CompletionChoice",
-    "CompletionChunk",
-    "CompletionRequest",
-    "CompletionStream",
-    "FriendliError",
-    "Logprobs",
-    "RetryConfig",
-    "Usage",
-    "complete",
-    "stream",
-]
+__all__ = ["CompletionRequest", "CompletionStream", "RetryConfig", "complete", "stream"]
+__all__ += ["ChunkChoice", "Completion", "CompletionChoice", "CompletionChunk", "Logprobs", "Usage"]
+__all__ += ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError", "FriendliError"]
 __version__ = "0.1.0"
 
 _DEFAULT_SERVER_URL = "http://localhost:8000"
-_JSON_TYPE = "application/json"
-_EVENT_STREAM_TYPE = "text/event-stream"
-
 _MAX_CONNECT_SECONDS = 10.0  # a server that takes longer is down
 _MAX_WAIT_SECONDS = 1e6  # "no limit": about the longest that a socket can be told
-_MAX_IDLE_SECONDS = 4.0  # servers close idle connections after 5 s (uvicorn, Node.js) and more
+_MAX_IDLE_SECONDS = 4.0  # servers close at 5 s (uvicorn, Node.js) and more
 _MAX_IDLE_CONNECTIONS = 64  # one for each thread of a large pool
-_MAX_STALE_SECONDS = 1.0  # a connection that breaks later than this has most likely been served
-_MAX_DRAIN_SECONDS = 0.01  # for the bytes behind [DONE]: less than a TLS handshake takes
+_MAX_STALE_SECONDS = 1.0  # a connection that breaks later was most likely served
+_MAX_DRAIN_SECONDS = 0.01  # for the bytes behind [DONE]: less than a TLS handshake
 _KEEP_ALIVE_SECONDS = 60  # below the idle limits of NATs (350 s on AWS)
-
 _PIECE_BYTES = 64 * 1024  # sent or received at once
-_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or without an event; a token's event has about 200
+_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or without an event, which has about 200
 _MAX_COMPLETION_BYTES = 128 * 1024**2
 _MAX_PAGE_BYTES = 64 * 1024  # of an error page
-_MAX_FRAMING_BYTES = 1024**2  # of headers, 1xx answers and trailers between two pieces of a body
+_MAX_FRAMING_BYTES = 1024**2  # of headers, 1xx answers and trailers in a row
 _MAX_QUOTED_CHARACTERS = 500  # of a server's words in a message
 
 _logger = logging.getLogger("friendli_lite")
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # in ASCII: fit for lone surrogates
 
 
 # --- Errors ---
-
-
 class FriendliError(Exception):
-    """The base of all errors of a call; its text is one line that says what to do next.
-
-    All can be pickled. Beside them a call raises TypeError and ValueError for mistakes of the caller,
-    before anything is sent.
-
-    Attributes:
-        attempts: how many requests were sent.
-        url: where to.
-    """
+    """The base of all errors of a call, after `attempts` requests; its text says what to do next."""
 
     attempts: int = 0
-    url: str = ""
 
-    def __str__(self) -> str:
-        prefix = f"POST {self.url}: " if self.url else ""
-        suffix = f" (after {self.attempts} attempts)" if self.attempts > 1 else ""
-        return prefix + super().__str__() + suffix
+    def __init__(self, text: str, **details: Any) -> None:
+        super().__init__(text)
+        vars(self).update(details)
 
 
 class APIStatusError(FriendliError):
-    """The server, or a proxy before it, answered with another status than 200.
+    """The server, or a proxy, answered with another status than 200.
 
-    Attributes:
-        status_code: for example 429.
-        headers: of the answer, their names in lower case.
-        body: of the answer, as text, up to 64 KiB.
-        message: the server's own words, found in the body; "" if there are none.
+    `headers` have names in lower case, `body` has up to 64 KiB, `message` is the server's own words.
     """
 
-    def __init__(
-        self,
-        text: str,
-        status_code: int = 0,
-        headers: Mapping[str, str] | None = None,
-        body: str = "",
-        message: str = "",
-    ) -> None:
-        super().__init__(text)
-        self.status_code = status_code
-        self.headers = dict(headers or {})
-        self.body = body
-        self.message = message
+    status_code: int
+    headers: dict[str, str]
+    body: str
+    message: str
 
 
 class APIConnectionError(FriendliError):
@@ -161,33 +108,25 @@ class APITimeoutError(APIConnectionError):
 
 
 class APIResponseError(FriendliError):
-    """The status was 200, but the answer is no completion, or holds an error in mid-stream.
+    """The status was 200, but `body`, up to 64 KiB, is no completion, or an error in mid-stream."""
 
-    Attributes:
-        body: what came instead, as text, up to 64 KiB.
-    """
-
-    def __init__(self, text: str, body: str = "") -> None:
-        super().__init__(text)
-        self.body = body[:_MAX_PAGE_BYTES]
+    body: str = ""
 
 
 # --- What is asked ---
-
-
 @dataclass
 class CompletionRequest:
-    """The body of a request; the API reference of Friendli Suite tells more of each field.
+    """The body of a request; None is not sent. Source: the API reference of Friendli Suite.
 
-    Exactly one of `prompt` and `tokens` is needed. None is not sent: the server's default holds.
+    Exactly one of `prompt` and `tokens` is needed.
     """
 
-    prompt: str | Sequence[str] | None = None  # the text to complete, or a list of texts
+    prompt: str | Sequence[str] | None = None  # the text to complete, or several
     tokens: Sequence[int] | None = None  # the same as token IDs
     model: str | None = None  # LoRA adapter of a container; model or endpoint ID of a hosted product
-    bad_word_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None  # as `stop_tokens`; never generated
+    bad_word_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None  # never generated; as `stop_tokens`
     bad_words: Sequence[str] | None = None  # texts never to generate
-    embedding_to_replace: Sequence[float] | None = None  # embeddings for `token_index_to_replace`, flattened
+    embedding_to_replace: Sequence[float] | None = None  # for `token_index_to_replace`, flattened
     encoder_no_repeat_ngram: int | None = None  # length of n-grams of the input not to repeat
     encoder_repetition_penalty: float | None = None  # for tokens of the input; 1.0 is none
     eos_token: Sequence[int] | None = None  # IDs of tokens that end the generation
@@ -208,34 +147,25 @@ class CompletionRequest:
     stop: Sequence[str] | None = None  # texts that end the generation
     stop_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None  # [{"tokens": [ID, ...]}] that end it
     stream: bool | None = None  # set by `stream()`, refused by `complete()`
-    stream_options: Mapping[str, bool] | None = None  # {"include_usage": True} adds a last chunk with `usage`
+    stream_options: Mapping[str, bool] | None = None  # {"include_usage": True}: a last chunk has `usage`
     temperature: float | None = None  # of the sampling; 0 takes the likeliest token
     token_index_to_replace: Sequence[int] | None = None  # positions of tokens that embeddings replace
     top_k: int | None = None  # sample from the k likeliest tokens
     top_p: float | None = None  # sample from the likeliest tokens of this total probability
-    xtc_probability: float | None = None  # how often the likeliest tokens are left out (exclude top choices)
+    xtc_probability: float | None = None  # how often the likeliest are left out (exclude top choices)
     xtc_threshold: float | None = None  # probability above which a token is left out then
     extra_body: Mapping[str, Any] | None = None  # fields that this version does not know, sent as they are
 
 
 @dataclass(frozen=True)
 class RetryConfig:
-    """What is tried again, how often, and after which waits; all times in seconds.
+    """What is tried again, how often, and after which waits, in seconds.
 
     The wait before retry k (0, 1, ...) is uniform in [0, min(max_delay, initial_delay * multiplier**k)]:
-    by default up to 0.5, 1 and 2 s. Source: "full jitter" in "Exponential Backoff And Jitter", AWS
-    Architecture Blog. A server's `retry-after-ms` or `Retry-After` replaces it. A wait that does not fit
-    into what is left of `total_timeout` is not begun: the error is raised at once.
-
-    Attributes:
-        max_retries: tries after the first one.
-        initial_delay: longest wait before the first retry.
-        max_delay: longest wait before any retry.
-        multiplier: growth of the longest wait from a retry to the next.
-        max_retry_after: a server that asks for a longer wait gets no retry.
-        status_codes: the statuses that are tried again.
-        retry_connection_errors: try again where a connection failed or broke.
-        retry_timeouts: try again after `timeout`; the server may then generate, and bill, twice.
+    by default up to 0.5, 1 and 2 s ("Exponential Backoff And Jitter", AWS Architecture Blog: full jitter).
+    A server's `retry-after-ms` or `Retry-After` replaces it. One above `max_retry_after` ends the retries,
+    as does a wait beyond `total_timeout`. Never tried again are a stream after its first event, a refused
+    certificate and, unless `retry_timeouts`, a timeout: the server may generate on, and bill twice.
     """
 
     max_retries: int = 3
@@ -248,20 +178,18 @@ class RetryConfig:
     retry_timeouts: bool = False
 
     def __post_init__(self) -> None:
-        _check_type("max_retries", self.max_retries, (int,))
+        _check_type("max_retries", self.max_retries, int)
         for name in ("max_retries", "initial_delay", "max_delay", "multiplier", "max_retry_after"):
             value = getattr(self, name)
-            _check_type(name, value, (int, float))
+            _check_type(name, value, int, float)
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number and not negative, not {value}")
-        _check_type("status_codes", self.status_codes, (tuple, list, set, frozenset, range))
+                raise ValueError(f"{name} must be finite and not negative, not {value}")
+        _check_type("status_codes", self.status_codes, tuple, list, set, frozenset, range)
         for code in self.status_codes:
-            _check_type("each of status_codes", code, (int,))
+            _check_type("each of status_codes", code, int)
 
 
 # --- What is answered: fields that the server left out are None, or an empty list ---
-
-
 @dataclass
 class Usage:
     """How many tokens the call took; `prompt_tokens_details` may hold `cached_tokens`."""
@@ -294,8 +222,17 @@ class CompletionChoice:
     logprobs: Logprobs | None = None
 
 
+class _Answer:
+    choices: Sequence[CompletionChoice | ChunkChoice]
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice, "" if there is none."""
+        return self.choices[0].text if self.choices else ""
+
+
 @dataclass
-class Completion:
+class Completion(_Answer):
     """A whole answer; `raw` is the decoded object, with what has no field here."""
 
     id: str | None = None
@@ -304,11 +241,6 @@ class Completion:
     usage: Usage | None = None
     model: str | None = None
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def text(self) -> str:
-        """The text of the first choice, "" if there is none."""
-        return self.choices[0].text if self.choices else ""
 
 
 @dataclass
@@ -323,11 +255,10 @@ class ChunkChoice:
 
 
 @dataclass
-class CompletionChunk:
+class CompletionChunk(_Answer):
     """One event of a stream; `created` is Unix time in seconds, `raw` the decoded object.
 
-    With `n` above 1 or several prompts, chunks of different `choices[0].index` are interleaved. A chunk
-    with `usage` has no choices.
+    Chunks of several choices come interleaved; see `choices[0].index`. One with `usage` has no choices.
     """
 
     id: str | None = None
@@ -337,15 +268,8 @@ class CompletionChunk:
     usage: Usage | None = None
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @property
-    def text(self) -> str:
-        """The text of the first choice, "" if there is none."""
-        return self.choices[0].text if self.choices else ""
-
 
 # --- The two calls ---
-
-
 def complete(
     request: str | Mapping[str, Any] | CompletionRequest | None = None,
     *,
@@ -366,26 +290,21 @@ def complete(
         token: default $FRIENDLI_TOKEN; "" sends none.
         retries: a `RetryConfig`, or a number of retries.
         timeout: seconds of silence borne from the server; None for no limit. Connecting may take 10 s
-            at most, beside the look-up of the name, which only the operating system bounds.
+            at most, but only the operating system bounds the look-up of the name.
         total_timeout: seconds for the whole call with its retries and waits; None for no limit.
         headers: added to, and winning over, the client's own.
         ssl_context: for a private CA or a client certificate; default: the system's CAs.
-        **fields: of the body; they win over the same of `request`, which can thus be a template.
+        **fields: of the body; they win over `request`, which can thus be a template.
 
     Raises:
-        FriendliError: the call failed; which of its subclasses says how.
+        FriendliError: the call failed; its subclass says how.
         TypeError, ValueError: a mistake in the arguments; nothing was sent.
     """
-    call = _Call(
-        url=_completions_url(server_url),
-        body=_build_body(request, fields, stream=False),
-        headers=_build_headers(_JSON_TYPE, token, headers),
-        retries=_retry_config(retries),
-        limits=_Limits(timeout, total_timeout),
-        ssl_context=ssl_context,
-    )
-    completion = call.run(_read_completion)
-    call.close()
+    limits = _Limits(timeout, total_timeout)
+    body = _build_body(request, fields, stream=False)
+    headers = _build_headers("application/json", token, headers)
+    call = _Call(_completions_url(server_url), headers, body, _retry_config(retries), limits, ssl_context)
+    *_, completion = call.run(_read_completion)
     return completion
 
 
@@ -401,57 +320,47 @@ def stream(
     ssl_context: ssl.SSLContext | None = None,
     **fields: Any,
 ) -> CompletionStream:
-    """Ask for a completion, and return its chunks as they come.
+    """Ask for a completion, and return its chunks as they come: a generator, for a `with` block.
 
-    The request is sent at once, so that one that is refused raises here. Arguments and errors are those
-    of `complete()`; `total_timeout` covers the stream to its end.
-
-    Returns:
-        A generator of `CompletionChunk`, for a `with` block. It ends when the server has said [DONE]; a
-        stream that is cut before raises APIConnectionError in the iteration.
+    Arguments and errors are those of `complete()`; `total_timeout` covers the stream to its end. A request
+    that is refused raises here, a stream that is cut before [DONE] raises APIConnectionError in the loop.
     """
-    call = _Call(
-        url=_completions_url(server_url),
-        body=_build_body(request, fields, stream=True),
-        headers=_build_headers(_EVENT_STREAM_TYPE, token, headers),
-        retries=_retry_config(retries),
-        limits=_Limits(timeout, total_timeout),
-        ssl_context=ssl_context,
-    )
-    return CompletionStream(call, call.run(_open_chunks))
+    limits = _Limits(timeout, total_timeout)
+    body = _build_body(request, fields, stream=True)
+    headers = _build_headers("text/event-stream", token, headers)
+    call = _Call(_completions_url(server_url), headers, body, _retry_config(retries), limits, ssl_context)
+    return CompletionStream(call)
 
 
 class CompletionStream(_ChunkGenerator):
     """The chunks of an answer: a generator of `CompletionChunk`, and a context manager.
 
-    The connection is let go at the end, by an exception, by leaving the `with` block, by `close()` and
-    by garbage collection. `close()` also ends another thread's wait for the next chunk, which then
-    raises APIConnectionError; a wait between two tries it ends only when that is over.
+    Its end, an error, the end of the `with` block, `close()` and garbage collection let the connection go.
     """
 
-    def __init__(self, call: _Call, chunks: _ChunkGenerator) -> None:
+    def __init__(self, call: _Call) -> None:
         self._call = call
-        self._chunks = _retry_until_first(call, chunks)
+        self._chunks = call.run(_read_chunks)
+        next(self._chunks)  # sends the request
 
     def __next__(self) -> CompletionChunk:
         return next(self._chunks)
 
     def send(self, value: None) -> CompletionChunk:
-        """Return the next chunk; `value` has no meaning."""
+        """Return the next chunk."""
         return self._chunks.send(value)
 
     def throw(self, *error: Any) -> CompletionChunk:
-        """Raise an error where the generator stands, which ends it."""
-        return self._chunks.throw(*error)
+        """Raise an error in the generator, which ends it."""
+        self.close()
+        return super().throw(*error)
 
     def close(self) -> None:
-        """Let the connection go."""
+        """Let the connection go, also while another thread waits for a chunk."""
         try:
             self._chunks.close()
         except ValueError:  # it is running, in another thread
             self._call.abort()
-        else:
-            self._call.close()
 
     def __enter__(self) -> CompletionStream:
         return self
@@ -459,166 +368,123 @@ class CompletionStream(_ChunkGenerator):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
 
 # --- Building the request ---
-
-
-def _check_type(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+def _check_type(name: str, value: object, *kinds: type) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")
 
 
 def _build_body(request: object, fields: dict[str, Any], stream: bool) -> bytes:
-    """Return the JSON of a request, over which `fields` win."""
-    merged = _merge(request, fields)
-    if (merged.prompt is None) == (merged.tokens is None):
-        found = "neither was" if merged.prompt is None else "both were"
+    body = _merge(request, fields)
+    if ("prompt" in body) == ("tokens" in body):
+        found = "both were" if "tokens" in body else "neither was"
         raise ValueError(f"exactly one of prompt and tokens is needed; {found} given")
-    if merged.stream not in (None, stream):
-        raise ValueError(f"stream={merged.stream} is for {'complete' if stream else 'stream'}()")
-    merged.stream = stream or merged.stream
-    body = dict(vars(merged))
-    extra = body.pop("extra_body") or {}
-    _check_type("extra_body", extra, (Mapping,))
+    if body.get("stream", stream) != stream:
+        raise ValueError(f"stream={body['stream']} is for {'complete' if stream else 'stream'}()")
+    if stream:
+        body["stream"] = True
+    extra = body.pop("extra_body", {})
+    _check_type("extra_body", extra, Mapping)
     for name in extra:
-        _check_type("a name in extra_body", name, (str,))
-        if name in body:
+        if name in CompletionRequest.__annotations__:
             raise ValueError(f"extra_body holds {name!r}, which is a field of its own")
-    return _encode({**{name: value for name, value in body.items() if value is not None}, **extra})
+    members = []
+    for name, value in {**body, **extra}.items():
+        try:
+            members.append(_encode({name: value})[1:-1])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name!r} cannot be sent as JSON: {error}") from None
+    return ("{" + ",".join(members) + "}").encode("ascii")
 
 
-def _merge(request: object, fields: dict[str, Any]) -> CompletionRequest:
-    if isinstance(request, CompletionRequest):
-        given = vars(request)
-    elif isinstance(request, Mapping):
-        given = dict(request)
-    elif isinstance(request, str):
+def _merge(request: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a body that are not None, each of which is known."""
+    if isinstance(request, str):
         if "prompt" in fields:
             raise TypeError("the prompt was given twice, as request and as prompt=")
-        given = {"prompt": request}
-    elif request is None:
-        given = {}
-    else:
-        _check_type("request (a list of prompts is prompt=[...])", request, (str, Mapping, CompletionRequest))
-    merged = {**given, **fields}
-    known = [f.name for f in dataclasses.fields(CompletionRequest)]
+        request = {"prompt": request}
+    elif isinstance(request, CompletionRequest):
+        request = vars(request)
+    elif request is not None:
+        _check_type("request (a list of prompts is prompt=[...])", request, str, Mapping, CompletionRequest)
+    merged = {**(request or {}), **fields}
+    known = CompletionRequest.__annotations__
     for name in merged:
         if name not in known:
             import difflib  # only for a mistake
 
-            arguments = complete.__kwdefaults__ or {}
-            if name in arguments:
-                raise TypeError(f"{name} is an argument of the call, not a field of its request")
-            candidates = [*known, *arguments]
+            candidates = [*known, *(f"{argument}=" for argument in complete.__kwdefaults__ or ())]
             nearest = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"unknown field {name!r}; did you mean {nearest!r}? (Newer fields go into extra_body.)"
-            )
-    return CompletionRequest(**merged)
-
-
-def _encode(body: dict[str, Any]) -> bytes:
-    """Return the JSON of a body; it is ASCII, so that lone surrogates can be sent, too."""
-    members = []
-    for name, value in body.items():
-        try:
-            members.append(f"{_encode_value(name)}:{_encode_value(value)}")
-        except (TypeError, ValueError, RecursionError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{name!r} cannot be sent as JSON: {error}") from None
-    return f"{{{','.join(members)}}}".encode("ascii")
-
-
-_encode_value = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+            raise TypeError(f"unknown field {name!r}; did you mean {nearest!r}? (extra_body takes new ones)")
+    return {name: value for name, value in merged.items() if value is not None}
 
 
 def _completions_url(server_url: str | None) -> str:
-    if server_url is not None:
-        _check_type("server_url", server_url, (str,))
     url = server_url or os.environ.get("FRIENDLI_SERVER_URL") or _DEFAULT_SERVER_URL
+    _check_type("server_url", url, str)
     if "@" in url:  # not shown: there may be a password
         raise ValueError("server_url must not hold user:password@; use token or headers")
-    if not url.isascii() or re.search(r"[\x00-\x20\x7f?#\\]", url):
-        raise ValueError(f"server_url must be ASCII, without blanks, query and fragment, not {url!r}")
     try:
         parts = urlsplit(url)
-        port = parts.port
-        host = (parts.hostname or "").encode("idna")  # as the look-up of the name will do
+        is_url = re.fullmatch(r"(?i:https?)://[!-~]+", url) and not re.search(r"[?#\\]", url)
+        if not is_url or not parts.hostname or "%" in parts.netloc or parts.port == 0:
+            raise ValueError("it is not like http://host:port, in ASCII, without blank, query and fragment")
     except ValueError as error:
-        raise ValueError(f"server_url {url!r} is no URL: {error}") from None
-    if parts.scheme not in ("http", "https") or not host or port == 0:
-        raise ValueError(f"server_url must be like http://host:port or https://host, not {url!r}")
-    path = parts.path.rstrip("/")
-    if path.endswith("/v1"):
-        path = path[: -len("/v1")]
-    return f"{parts.scheme}://{parts.netloc}{path}/v1/completions"
+        raise ValueError(f"server_url cannot be {url!r}: {error}") from None
+    prefix = re.sub(r"(/v1)?/*$", "", parts.path)
+    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{prefix}/v1/completions"
 
 
 def _build_headers(accept: str, token: str | None, headers: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the headers of a request, their names in Title-Case."""
-    python = ".".join(map(str, sys.version_info[:2]))
-    merged = {
-        "Accept": accept,
-        "Content-Type": _JSON_TYPE,
-        "User-Agent": f"friendli_lite/{__version__} Python/{python}",
-    }
+    built = {"Accept": accept, "Accept-encoding": "identity", "Content-type": "application/json"}
+    built["User-agent"] = f"friendli_lite/{__version__}"
     token = os.environ.get("FRIENDLI_TOKEN", "") if token is None else token
-    _check_type("token", token, (str,))
-    token = re.sub(r"^bearer(\s+|$)", "", token.strip(), flags=re.IGNORECASE)
-    if re.search(r"[^\x20-\x7e]", token):
+    _check_type("token", token, str)
+    token = token.strip()
+    if re.search(r"[^ -~]", token):
         raise ValueError("token holds a character that cannot stand in a header")
     if token:
-        merged["Authorization"] = f"Bearer {token}"
-    headers = {} if headers is None else headers
-    _check_type("headers", headers, (Mapping,))
-    for name, value in headers.items():
-        _check_type("the name of a header", name, (str,))
-        _check_type(f"the header {name!r}", value, (str,))
+        built["Authorization"] = f"Bearer {token}"
+    _check_type("headers", headers or {}, Mapping)
+    for name, value in (headers or {}).items():
+        _check_type("the name of a header", name, str)
+        _check_type(f"the header {name!r}", value, str)
         # RFC 9110, 5.6.2 (token) and 5.5 (field-value)
-        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-            raise ValueError(f"{name!r} cannot be the name of a header")
-        if re.search(r"[^\t\x20-\x7e\x80-\xff]", value):
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or re.search(r"[^\t -~\x80-\xff]", value):
             raise ValueError(f"the header {name!r} holds a character that cannot stand there")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"the header {name!r} is the client's to set")
-        merged[name.title()] = value
-    return merged
+        built[name.capitalize()] = value
+    return built
 
 
 def _retry_config(retries: RetryConfig | int | None) -> RetryConfig:
     if retries is None:
         return RetryConfig()
-    _check_type("retries", retries, (RetryConfig, int))
+    _check_type("retries", retries, RetryConfig, int)
     return retries if isinstance(retries, RetryConfig) else RetryConfig(max_retries=retries)
 
 
 # --- The attempts ---
-
-
 class _Limits:
-    """How long a call may still take: `timeout` seconds of silence, `total_timeout` in all."""
+    """What a call may still take: `timeout` seconds of silence, `total_timeout` in all."""
 
     def __init__(
-        self,
-        timeout: float | None,
-        total_timeout: float | None,
-        clock: Callable[[], float] = time.monotonic,
+        self, timeout: float | None, total_timeout: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.timeout = math.inf if timeout is None else timeout
         self.total_timeout = math.inf if total_timeout is None else total_timeout
-        _check_type("timeout", self.timeout, (int, float))
-        _check_type("total_timeout", self.total_timeout, (int, float))
+        _check_type("timeout", self.timeout, int, float)
+        _check_type("total_timeout", self.total_timeout, int, float)
         if not self.timeout > 0 or math.isnan(self.total_timeout):
             raise ValueError("timeout and total_timeout must be seconds, timeout above 0, or None")
-        self._clock = clock
-        self._start = clock()
+        self.clock = clock
+        self.start = clock()
 
     def elapsed(self) -> float:
-        return self._clock() - self._start
+        return self.clock() - self.start
 
     def left(self) -> float:
         return self.total_timeout - self.elapsed()
@@ -630,13 +496,12 @@ class _Limits:
             raise socket.timeout
         return min(self.timeout, left, _MAX_WAIT_SECONDS)
 
-    def connect_limits(self) -> _Limits:
-        return _Limits(None, min(_MAX_CONNECT_SECONDS, self.timeout, self.left()), self._clock)
-
     def __str__(self) -> str:
-        if self.left() <= 0:
-            return f"total_timeout={self.total_timeout:.3g} s was spent"
-        return f"the server was silent for timeout={self.timeout:.3g} s"
+        if self.left() > 0:
+            return f"the server was silent for timeout={self.timeout:.3g} s"
+        if self.total_timeout == -math.inf:
+            return "another thread closed the stream"
+        return f"total_timeout={self.total_timeout:.3g} s was spent"
 
 
 @dataclass(repr=False, eq=False)  # repr() would show the token
@@ -644,120 +509,108 @@ class _Call:
     """One call: what is sent, how often, and the answer at hand. Tests inject sleep and chance."""
 
     url: str
-    body: bytes
     headers: dict[str, str]
+    body: bytes
     retries: RetryConfig
     limits: _Limits
     ssl_context: ssl.SSLContext | None
     sleep: Callable[[float], None] = time.sleep
     uniform: Callable[[float, float], float] = random.uniform
     attempts: int = 0
-    response: _Response | None = None
-    is_aborted: bool = False
+    response: _Response = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.ssl_context is not None:
-            _check_type("ssl_context", self.ssl_context, (ssl.SSLContext,))
+        _check_type("ssl_context", self.ssl_context, ssl.SSLContext, type(None))
 
-    def run(self, read: Callable[[_Response], _T]) -> _T:
-        """Send, and return what `read` makes of the answer; try again as `retries` says."""
+    def run(self, read: Callable[[_Response], Iterator[_T]]) -> Generator[_T, None, None]:
+        """Yield None at the head of an answer, then what `read` makes of its body; until then, try again."""
+        nothing: Any = None
+        has_head = has_body = False
         while True:
             try:
-                return read(self._send())
+                with self._open() as response:
+                    self.response = response
+                    if response.status != 200:
+                        raise _status_error(response, response.connection.peer)
+                    if not has_head:
+                        has_head = True
+                        yield nothing
+                    items = read(response)
+                    for first in items:
+                        has_body = True
+                        yield first
+                        yield from items
+                return
             except FriendliError as error:
-                self.wait_for_retry(error)
-            except BaseException:
-                self.close()
-                raise
+                self._explain(error)
+                wait = _wait_before_retry(error, self.attempts - 1, self.retries, self.uniform)
+                if has_body or wait is None or wait >= self.limits.left():
+                    raise
+                retry = f"retry {self.attempts} of {self.retries.max_retries}"
+                _logger.info("%s: %s in %.2f s", error, retry, wait)
+            finally:
+                _logger.debug("POST %s: done after %.3f s", self.url, self.limits.elapsed())
+            self.sleep(wait)
 
-    def _send(self) -> _Response:
+    def _open(self) -> _Response:
         if self.limits.left() <= 0:
             raise APITimeoutError(str(self.limits))
         self.attempts += 1
-        _logger.debug("POST %s: try %d, %d bytes", self.url, self.attempts, len(self.body))
-        # The opener follows no redirect, which would carry the token elsewhere, and raises for no
-        # status. It is made anew, so that a change of HTTP_PROXY and the like is seen.
+        request = urllib.request.Request(self.url, self.body, self.headers, method="POST")
+        # No redirect is followed, which would carry the token elsewhere. Made anew, it sees a new HTTP_PROXY.
         opener = urllib.request.OpenerDirector()
         opener.add_handler(urllib.request.ProxyHandler())
-        opener.add_handler(_KeepAliveHandler(self.limits, self.ssl_context))
-        request = _Request(self.url, self.body, self.headers, method="POST")
+        opener.add_handler(_KeepAliveHandler(request.type, request.host, self.limits, self.ssl_context))
         try:
-            response: _Response | None = opener.open(request)
-        except (ValueError, http.client.InvalidURL):
-            response = None  # and no word of the error, which may hold the proxy's password
-        if response is None:
-            raise ValueError("HTTP_PROXY or HTTPS_PROXY is not like http://host:port")
-        self.response = response
-        if self.is_aborted:
-            raise APIConnectionError("closed by another thread")
+            response: _Response = opener.open(request)
+        except ValueError:  # whose text may hold the proxy's password
+            raise ValueError("HTTP_PROXY or HTTPS_PROXY is not like http://host:port") from None
         _logger.debug("POST %s: status %d after %.3f s", self.url, response.status, self.limits.elapsed())
-        if response.status != http.HTTPStatus.OK:
-            is_forwarded = request.proxy and request.tunnel is None
-            who = f"the server, or the proxy {request.proxy}," if is_forwarded else "the server"
-            error = _status_error(response, who)
-            response.release()
-            raise error
         return response
 
-    def wait_for_retry(self, error: FriendliError) -> None:
-        """Sleep before the next try, or raise the error if there shall be none."""
-        self.close()
-        self.complete_error(error)
-        wait = _wait_before_retry(error, self.attempts - 1, self.retries, self.uniform)
-        if wait is None or wait >= self.limits.left() or self.is_aborted:
-            raise error
-        _logger.info("%s: retry %d of %d in %.2f s", error, self.attempts, self.retries.max_retries, wait)
-        self.sleep(wait)
-        if self.is_aborted:
-            raise error
-
-    def complete_error(self, error: FriendliError) -> None:
-        """Add the URL and the attempts, and take out the token, if a server has echoed it."""
-        error.url = self.url
+    def _explain(self, error: FriendliError) -> None:
+        """Add the URL and the attempts; take out the token, which a server may echo."""
+        scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
+        secret = credentials or scheme
+        after = f" (after {self.attempts} attempts)" if self.attempts > 1 else ""
+        error.args = (_redact(f"POST {self.url}: {error}{after}", secret),)
         error.attempts = self.attempts
-        authorization = self.headers.get("Authorization", "")
-        secret = authorization.partition(" ")[2] or authorization
-        if secret:
-            error.args = tuple(_redact(text, secret) for text in error.args)
-            for fields in (vars(error), getattr(error, "headers", {})):
-                for name, value in fields.items():
-                    fields[name] = _redact(value, secret) if isinstance(value, str) else value
-
-    def close(self) -> None:
-        """Let the answer go, and its connection, unless that was released for other calls."""
-        if self.response is not None:
-            _logger.debug("POST %s: done after %.3f s", self.url, self.limits.elapsed())
-            self.response.discard()
-            self.response = None
+        vars(error).update(_redact(vars(error), secret))
+        error.__context__ = None  # it may hold what was received
 
     def abort(self) -> None:
-        """Make another thread's wait for the answer end."""
-        self.is_aborted = True
-        response = self.response
-        if response is not None:
-            response.channel.abort()
+        """End another thread's wait for the answer, and let none follow."""
+        self.limits.total_timeout = -math.inf
+        with _idle_connections.lock, contextlib.suppress(OSError):
+            if not self.response.is_released:
+                # Not SSLSocket's own, after which it would send in clear text
+                socket.socket.shutdown(self.response.connection.sock, socket.SHUT_RDWR)
 
 
-def _redact(text: str, secret: str) -> str:
-    for end in range(len(secret), 3, -1):  # also where the text was cut within the secret
-        text = text.replace(secret[:end] + "..." * (end < len(secret)), "***")
-    return text
+def _redact(value: Any, secret: str) -> Any:
+    """Return a text, or each of a dict, without a secret, also where it was cut within that."""
+    if isinstance(value, dict):
+        return {name: _redact(item, secret) for name, item in value.items()}
+    if isinstance(value, str):
+        for end in range(len(secret), 3, -1):
+            value = value.replace(secret[:end] + "..." * (end < len(secret)), "***")
+    return value
 
 
 # --- Retry decisions ---
-
-
 def _wait_before_retry(
     error: FriendliError, retry: int, config: RetryConfig, uniform: Callable[[float, float], float]
 ) -> float | None:
     """Return the seconds to wait before retry 0, 1, ..., or None for no retry."""
     if retry >= config.max_retries or not _is_retryable(error, config):
         return None
-    if isinstance(error, APIStatusError):
-        asked = _retry_after(error.headers, time.time())
-        if asked is not None:
-            return asked if asked <= config.max_retry_after else None
-    return uniform(0.0, _longest_delay(retry, config))
+    asked = _retry_after(error.headers, time.time()) if isinstance(error, APIStatusError) else None
+    if asked is not None:
+        return asked if asked <= config.max_retry_after else None
+    longest = config.max_delay
+    with contextlib.suppress(OverflowError):
+        longest = min(longest, config.initial_delay * config.multiplier**retry)
+    return uniform(0.0, longest)
 
 
 def _is_retryable(error: FriendliError, config: RetryConfig) -> bool:
@@ -765,28 +618,18 @@ def _is_retryable(error: FriendliError, config: RetryConfig) -> bool:
         return error.status_code in config.status_codes
     if isinstance(error, APITimeoutError):
         return config.retry_timeouts
-    if isinstance(error, APIConnectionError):
-        refused = isinstance(error.__cause__, ssl.SSLCertVerificationError)
-        return config.retry_connection_errors and not refused
-    return False
-
-
-def _longest_delay(retry: int, config: RetryConfig) -> float:
-    try:
-        return min(config.max_delay, config.initial_delay * config.multiplier**retry)
-    except OverflowError:
-        return config.max_delay
+    is_refused = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+    return isinstance(error, APIConnectionError) and config.retry_connection_errors and not is_refused
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), or None for nonsense."""
-    for name, seconds in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", value):
-            return float(value) * seconds
+            return float(value) * unit
     try:
-        date = email.utils.parsedate_tz(value)
-        wait = email.utils.mktime_tz(date) - now if date else -1.0
+        wait = email.utils.parsedate_to_datetime(value).timestamp() - now
     except (IndexError, OverflowError, TypeError, ValueError):  # email.utils, of odd dates
         return None
     return wait if wait >= 0 else None
@@ -794,173 +637,144 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 # --- The connection ---
 
-
-# For broken connections and broken HTTP; the last line is what int() and email.parser raise of it.
-_TRANSPORT_ERRORS = (
-    *(OSError, http.client.HTTPException),
-    *(ValueError, TypeError, OverflowError, RecursionError),
-)
+# The last four are of int() and email.parser, to which http.client hands what it reads.
+_TRANSPORT_ERRORS = (OSError, http.client.HTTPException, ValueError, TypeError, OverflowError, RecursionError)
 
 
-def _connection_error(what: str, error: Exception, limits: object, advice: str = "") -> APIConnectionError:
-    """Return the error that stands for one of the transport.
-
-    That is its cause only where it cannot hold what a server has sent, and with it the token.
-    """
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        return APITimeoutError(f"{what}: {limits}{advice}")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        reason = f"the certificate was refused: {error.verify_message}"
-        advice = "; pass ssl_context, or name a file with its CA in SSL_CERT_FILE"
-    elif isinstance(error, ssl.SSLError):
-        reason = f"TLS failed: {error.reason or error}"
-        advice = "; see server_url and ssl_context"
-    else:
+@contextlib.contextmanager
+def _connection_errors(what: str, why_late: object, advice: str = "") -> Iterator[None]:
+    """Raise APIConnectionError for an error of the transport; an OSError is its cause."""
+    try:
+        yield
+    except _TRANSPORT_ERRORS as error:
+        if isinstance(error, (socket.timeout, TimeoutError)):
+            raise APITimeoutError(f"{what}: {why_late}{advice}") from None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, http.client.IncompleteRead):
-            reason = "the connection was closed before its end"
-    failure = APIConnectionError(f"{what}: {_one_line(reason)}{advice}")
-    failure.__cause__ = error if isinstance(error, OSError) else None
-    return failure
-
-
-class _Request(urllib.request.Request):
-    """A request that says which proxy it goes through; urllib's own keeps that private."""
-
-    proxy: str | None = None
-    tunnel: str | None = None  # the proxy, for https; for http it gets the request itself
-
-    def set_proxy(self, host: str, type: str) -> None:
-        self.proxy = host
-        if self.type == "https":
-            self.tunnel = host
-        else:
-            super().set_proxy(host, type)
+        if isinstance(error, ssl.SSLError):
+            reason = f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
+            advice = "; see server_url, and pass ssl_context, or name a file with the CA in SSL_CERT_FILE"
+        cause = error if isinstance(error, OSError) else None  # others may hold what was received
+        raise APIConnectionError(f"{what}: {_one_line(reason)}{advice}") from cause
 
 
 class _KeepAliveHandler(urllib.request.BaseHandler):
     """Sends a request over an idle connection if one is alive, else over a new one."""
 
-    def __init__(self, limits: _Limits, ssl_context: ssl.SSLContext | None) -> None:
-        self._limits = limits
-        self._ssl_context = ssl_context
+    def __init__(self, scheme: str, host: str, limits: _Limits, ssl_context: ssl.SSLContext | None) -> None:
+        self.scheme, self.host, self.limits, self.ssl_context = scheme, host, limits, ssl_context
 
-    def http_open(self, request: _Request) -> _Response:
-        return self._send(request, (request.host, None, None, None))
-
-    def https_open(self, request: _Request) -> _Response:
-        tunnel = credentials = None
-        if request.tunnel is not None:
-            proxy = http.client.HTTPConnection(request.tunnel)  # for its reading of host:port
-            tunnel = (proxy.host, proxy.port)
-            credentials = request.get_header("Proxy-authorization")
-            request.remove_header("Proxy-authorization")
-        try:
-            context = self._ssl_context or _default_ssl_context()
-        except OSError as error:  # SSLKEYLOGFILE cannot be written, for example
-            raise _connection_error("cannot set up TLS", error, self._limits) from error
-        return self._send(request, (request.host, tunnel, credentials, context))
-
-    def _send(self, request: _Request, route: _Route) -> _Response:
+    def http_open(self, request: urllib.request.Request) -> _Response:
+        if request.type != self.scheme or not re.fullmatch("[!-~]+", request.host):
+            raise ValueError("the proxy is one that is spoken to by TLS, or has no name")
+        proxy = request.host if request.host != self.host else None  # it has taken the host's place
+        is_https = self.scheme == "https"
+        credentials = request.headers.pop("Proxy-authorization", None) if is_https else None  # for a tunnel
+        route = (self.scheme, self.host, proxy, credentials, self.ssl_context)
+        start = self.limits.elapsed()
         idle = _idle_connections.take(route)
         if idle is not None:
-            sent = self._limits.elapsed()
             try:
                 return self._exchange(idle, request)
             except APIConnectionError as error:
-                is_late = self._limits.elapsed() - sent > _MAX_STALE_SECONDS
+                is_late = self.limits.elapsed() - start > _MAX_STALE_SECONDS
                 is_broken = isinstance(error.__cause__, (ConnectionError, ssl.SSLError))
-                if is_late or not is_broken or (idle.channel and idle.channel.received):
+                if is_late or not is_broken or idle.received:
                     raise  # else it was closed while the request was on its way, and not even seen
-        return self._exchange(_Connection(route), request)
+        return self._exchange(_Connection(route, self.limits), request)
 
-    def _exchange(self, connection: _Connection, request: _Request) -> _Response:
-        via = f" through the proxy {request.proxy}" if request.proxy else ""
-        patience = f"it took over {self._limits.connect_limits().total_timeout:.3g} s"
-        try:
-            return connection.exchange(request, self._limits)
-        except _TRANSPORT_ERRORS as error:
-            if connection.channel is not None:
-                failure = _connection_error(f"no answer{via}", error, self._limits)
-            else:
-                advice = "; see HTTP_PROXY and HTTPS_PROXY" if via else "; is it up? see server_url"
-                failure = _connection_error(f"cannot connect{via}", error, patience, advice)
-        raise failure  # not in the except block, whose error would become its context
+    https_open = http_open
+
+    def _exchange(self, connection: _Connection, request: urllib.request.Request) -> _Response:
+        body: Any = request.data
+        headers = {"Host": self.host, **request.headers, "Content-length": str(len(body))}
+        with _connection_errors(f"no answer{connection.via}", self.limits):
+            return connection.exchange(self.limits, f"POST {request.selector}", headers, body)
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection that can serve many calls, one at a time."""
+class _Connection(io.RawIOBase):
+    """A connection for many calls, one at a time, within their limits.
 
-    def __init__(self, route: _Route) -> None:
-        host, self.tunnel, self.tunnel_credentials, self.ssl_context = route
-        self.default_port = http.client.HTTPS_PORT if self.ssl_context else http.client.HTTP_PORT
-        super().__init__(host)
-        self.response_class = _Response
-        self.route = route
-        self.channel: _Channel | None = None
-        self.is_reusable = True
-        self.idle_since = 0.0
+    For http.client's HTTPResponse it is the socket, and the raw file that makefile() buffers.
+    """
 
-    def exchange(self, request: _Request, limits: _Limits) -> _Response:
-        """Connect if need be, send a request, and return the answer when its head is in."""
-        self.channel = self.sock = self.channel or self._open_channel(limits.connect_limits())
-        self.channel.limits = limits
-        self.channel.received = 0
-        self.channel.in_head = True
-        headers = {name.title(): value for name, value in request.header_items()}
-        try:
-            try:
-                self.request("POST", request.selector, request.data, headers)
-            except ConnectionError:
-                self.is_reusable = False  # but there may be an answer: 413 before all was read
-            response = self.getresponse()
-        except BaseException:
-            self.channel.disconnect()
-            raise
-        assert isinstance(response, _Response)
-        response.connection = self
-        return response
-
-    def _open_channel(self, limits: _Limits) -> _Channel:
+    def __init__(self, route: _Route, limits: _Limits) -> None:
         """Connect: TCP, then the proxy's tunnel, then TLS."""
-        host, port = self.tunnel or (self.host, self.port)
-        sock = _open_socket(host, port, limits)
+        self.route = route
+        scheme, host, proxy, credentials, context = route
+        server, next_hop = urlsplit(f"//{host}"), urlsplit(f"//{proxy or host}")
+        port = next_hop.port or (80 if proxy or scheme == "http" else 443)
+        seconds = min(_MAX_CONNECT_SECONDS, limits.timeout, limits.left())
+        limits = _Limits(None, seconds)
+        self.via = f" through the proxy {proxy}" if proxy else ""
+        self.peer = f"the server, or the proxy {proxy}," if proxy and scheme == "http" else "the server"
+        advice = "; see HTTP_PROXY and HTTPS_PROXY" if proxy else "; is it up? see server_url"
+        with _connection_errors(f"cannot connect{self.via}", f"it took over {seconds:.3g} s", advice):
+            self.sock = _open_socket(str(next_hop.hostname), port, limits)
+            try:
+                if scheme == "https":
+                    if proxy:
+                        self._open_tunnel(host if server.port else f"{host}:443", credentials, limits)
+                    context = context or _default_ssl_context()
+                    self.sock.settimeout(limits.next_wait())
+                    self.sock = context.wrap_socket(self.sock, server_hostname=server.hostname)
+            except BaseException:
+                self.sock.close()
+                raise
+
+    def _open_tunnel(self, target: str, credentials: str | None, limits: _Limits) -> None:
+        """Have the proxy connect to the target (RFC 9110, 9.3.6), or raise its refusal."""
+        headers = {"Host": target, **({"Proxy-Authorization": credentials} if credentials else {})}
+        response = self.exchange(limits, f"CONNECT {target}", headers)
+        response.will_close = response.is_released = True  # what comes of the connection is decided here
+        if response.status != 200:
+            raise _status_error(response, f"the proxy {self.route[2]}", "; see HTTPS_PROXY")
+
+    def exchange(self, limits: _Limits, start: str, headers: dict[str, str], body: bytes = b"") -> _Response:
+        """Send a request, and return the answer when its head is in."""
+        self.limits = limits
+        self.received = 0  # bytes since the request, or since the last piece of a body
+        self.may_end = False  # a closed connection is the end of the answer
+        lines = [f"{start} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
         try:
-            _set_options(sock)
-            if self.tunnel:
-                self._open_tunnel(_Channel(sock, limits), f"the proxy {host}:{port}")
-            if self.ssl_context:
-                sock.settimeout(limits.next_wait())
-                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.host)
+            with contextlib.suppress(ConnectionError):  # there may be an answer: 413 before all was read
+                self._send("\r\n".join(lines).encode("latin-1") + body)
+            response = _Response(self)
+            response.begin()
+            limits.next_wait()  # the call may have been closed while it waited
+            return response
         except BaseException:
-            sock.close()
+            self.sock.close()
             raise
-        return _Channel(sock, limits)
 
-    def _open_tunnel(self, channel: _Channel, who: str) -> None:
-        """Have the proxy connect to the host (RFC 9110, 9.3.6), or raise its refusal."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        head = f"CONNECT {host}:{self.port} HTTP/1.1\r\nHost: {host}:{self.port}\r\n"
-        if self.tunnel_credentials:
-            head += f"Proxy-Authorization: {self.tunnel_credentials}\r\n"
-        channel.sendall(f"{head}\r\n".encode("latin-1"))
-        response = _Response(channel, method="CONNECT")
-        response.begin()
-        if response.status != http.HTTPStatus.OK:
-            raise _status_error(response, who, "; see HTTPS_PROXY")
+    def _timed(self) -> socket.socket:
+        """Return the socket, which waits no longer than the limits allow now."""
+        seconds = self.limits.next_wait()
+        if seconds != self.sock.gettimeout():  # setting it costs a system call
+            self.sock.settimeout(seconds)
+        return self.sock
 
-    def is_alive(self, last_response: _Response, limits: _Limits) -> bool:
-        """Take in what is left of the last answer; tell whether the server keeps the connection."""
-        channel = last_response.channel
-        channel.limits = limits
-        try:
-            while last_response.read1(_PIECE_BYTES):
-                pass
-            is_whole = not last_response.length
-            last_response.close()  # http.client sends no request before that
-            return is_whole and channel.is_quiet()
-        except _TRANSPORT_ERRORS:
-            return False
+    def _send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:  # each piece that the server takes is a sign of life
+            left = left[self._timed().send(left[:_PIECE_BYTES]) :]
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, _PIECE_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._timed().recv_into(buffer)
+        if not count and not self.may_end:  # http.client would take it for the end of the head, or the body
+            raise http.client.RemoteDisconnected("the server closed the connection")
+        self.received += count
+        if self.received > _MAX_FRAMING_BYTES:
+            raise http.client.HTTPException(f"over {_MAX_FRAMING_BYTES} bytes of headers or trailers")
+        return count
+
+    def close(self) -> None:
+        """Do nothing: http.client closes its file after each answer; the socket lives on."""
 
 
 def _open_socket(host: str, port: int, limits: _Limits) -> socket.socket:
@@ -968,176 +782,119 @@ def _open_socket(host: str, port: int, limits: _Limits) -> socket.socket:
     failure = OSError("the name has no address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
-            return socket.create_connection((str(address[0]), port), limits.next_wait())
+            sock = socket.create_connection((str(address[0]), port), limits.next_wait())
         except OSError as error:
             failure = error
+            continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # Linux, macOS, both
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _KEEP_ALIVE_SECONDS)
+        return sock
     raise failure
 
 
-def _set_options(sock: socket.socket) -> None:
-    """Send without delay, and show middleboxes a sign of life through a long silence."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # Linux, macOS, both
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _KEEP_ALIVE_SECONDS)
-
-
-class _Channel(io.RawIOBase):
-    """A socket as http.client uses it, where no send or receive waits longer than the limits allow."""
-
-    def __init__(self, sock: socket.socket, limits: _Limits) -> None:
-        self._sock = sock
-        self.limits = limits
-        self.received = 0  # bytes since the request, or since the last piece of a body
-        self.in_head = True
-
-    def sendall(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:  # each piece that the server takes is a sign of life
-            self._set_timeout()
-            view = view[self._sock.send(view[:_PIECE_BYTES]) :]
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._set_timeout()
-        count = self._sock.recv_into(buffer)
-        if not count and self.in_head:  # which http.client would take for the end of the head
-            raise http.client.RemoteDisconnected("the connection was closed before an answer")
-        self.received += count
-        if self.received > _MAX_FRAMING_BYTES:
-            raise http.client.HTTPException(f"over {_MAX_FRAMING_BYTES} bytes of headers or trailers")
-        return count
-
-    def _set_timeout(self) -> None:
-        seconds = self.limits.next_wait()
-        if seconds != self._sock.gettimeout():  # setting it costs a system call
-            self._sock.settimeout(seconds)
-
-    def is_quiet(self) -> bool:
-        """Tell whether the server has neither closed nor sent what nobody asked for."""
-        self._sock.settimeout(0)
-        try:
-            self._sock.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):  # after TLS session tickets, too
-            return True
-        return False
-
-    def close(self) -> None:
-        """Do nothing: http.client closes its file after each answer, but the socket lives on."""
-
-    def disconnect(self) -> None:
-        self._sock.close()
-
-    def abort(self) -> None:
-        """End another thread's wait."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-
 class _Response(http.client.HTTPResponse):
-    """An answer whose body is still to be read, and what becomes of its connection then."""
+    """An answer whose body is to be read; its close() closes the connection, unless that was released."""
 
-    connection: _Connection
+    idle_since = 0.0
     is_released = False
 
-    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.channel: _Channel = sock
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection)
+        self.connection: _Connection = connection
 
     def begin(self) -> None:
-        """Read the head, behind all interim answers: http.client passes over 100, but not 103."""
+        """Read the head, behind all interim answers: http.client skips 100, but not 103."""
         super().begin()
-        while self.status // 100 == 1 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+        while self.status // 100 == 1 and self.status != 101:
             vars(self)["headers"] = None  # or begin() would not begin again
             super().begin()
-        self.channel.in_head = False
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they arrive; raise APIConnectionError unless it is whole."""
-        failure = None
-        try:
+        self.connection.may_end = self.length is None and not self.chunked
+        with _connection_errors("the answer broke off", self.connection.limits):
             while True:
                 piece = self.read1(_PIECE_BYTES)
                 if self.chunked and (self.chunk_left or 0) < 0:  # which http.client takes
                     raise ValueError("a chunk has a size below 0")
                 if not piece:
-                    break
-                self.channel.received = 0
+                    return
+                self.connection.received = 0
                 yield piece
-        except _TRANSPORT_ERRORS as error:
-            failure = _connection_error("the answer broke off", error, self.channel.limits)
-        if failure is not None:
-            raise failure
-        if self.length:  # read1() takes a closed connection for the end
-            raise APIConnectionError(f"the answer was cut, {self.length} bytes before its end")
 
     def release(self) -> None:
-        """Leave the connection to other calls, when the answer was read to its end or its [DONE]."""
-        self.is_released = True
-        if self.will_close or not self.connection.is_reusable:
-            self.channel.disconnect()
-        else:
-            _idle_connections.put(self.connection, self)
+        """Leave the connection to other calls, after the end of the body or its [DONE]."""
+        if not self.will_close and self.status != 101:  # after which another protocol is spoken
+            _idle_connections.put(self)
 
-    def discard(self) -> None:
-        """Close the connection, unless it was left to other calls."""
-        if not self.is_released:
-            self.close()
-            self.channel.disconnect()
+    def close(self) -> None:
+        if not self.is_released:  # or it may be in the hands of another thread
+            super().close()
+            self.connection.sock.close()
+
+    def leaves_alive(self, limits: _Limits) -> bool:
+        """Take in what is left of the answer; tell whether the server keeps the connection."""
+        self.connection.limits = limits
+        with contextlib.suppress(APIConnectionError, OSError):
+            for _ in self.pieces():
+                pass
+            self.connection.sock.settimeout(0)
+            try:
+                self.connection.sock.recv(1)  # nothing from a closed one, or what nobody has asked for
+            except (BlockingIOError, ssl.SSLWantReadError):  # quiet, perhaps after session tickets of TLS
+                return True
+        self.connection.sock.close()
+        return False
 
 
 class _IdleConnections:
-    """The open connections that serve no call, with their last answers, the longest idle first."""
+    """The last answers of the connections that serve no call, the longest idle first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.lock = threading.Lock()
-        self._idle: list[tuple[_Connection, _Response]] = []
+        self.lock = threading.RLock()
+        self._idle: list[_Response] = []
 
-    def put(self, connection: _Connection, last_response: _Response) -> None:
-        connection.idle_since = self.clock()
+    def put(self, response: _Response) -> None:
+        response.idle_since = self.clock()
         with self.lock:
-            self._idle.append((connection, last_response))
-            self._close_old()
+            response.is_released = True
+            self._idle.append(response)
+            self.close(_MAX_IDLE_CONNECTIONS, _MAX_IDLE_SECONDS)
 
     def take(self, route: _Route) -> _Connection | None:
         """Return the connection of this route that was used last, if any is alive."""
         limits = _Limits(None, _MAX_DRAIN_SECONDS)
         while True:
             with self.lock:
-                self._close_old()
-                entry = next((entry for entry in reversed(self._idle) if entry[0].route == route), None)
-                if entry is None:
+                self.close(_MAX_IDLE_CONNECTIONS, _MAX_IDLE_SECONDS)
+                found = next((idle for idle in reversed(self._idle) if idle.connection.route == route), None)
+                if found is None:
                     return None
-                self._idle.remove(entry)
-            connection, last_response = entry
-            if connection.is_alive(last_response, limits):
-                return connection
-            last_response.channel.disconnect()
+                self._idle.remove(found)
+            if found.leaves_alive(limits):
+                return found.connection
 
-    def _close_old(self) -> None:
-        oldest = self.clock() - _MAX_IDLE_SECONDS
-        while self._idle[:-_MAX_IDLE_CONNECTIONS] or (self._idle and self._idle[0][0].idle_since < oldest):
-            self._idle.pop(0)[1].channel.disconnect()
-
-    def close(self) -> None:
+    def close(self, most: int = 0, longest: float = 0.0) -> None:
+        """Close those that are too many, or idle for too many seconds."""
+        oldest = self.clock() - longest
         with self.lock:
-            while self._idle:
-                self._idle.pop()[1].channel.disconnect()
+            while self._idle[most:] or (self._idle and self._idle[0].idle_since < oldest):
+                self._idle.pop(0).connection.sock.close()
 
     def forget_after_fork(self) -> None:
-        """In a child after a fork, drop the parent's connections, which stay open there, and its lock."""
-        self.lock = threading.Lock()
+        """In a child after a fork, drop the parent's lock and connections, which stay open there."""
+        self.lock = threading.RLock()
         self.close()
 
 
 _idle_connections = _IdleConnections()
+atexit.register(_idle_connections.close)
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
+    os.register_at_fork(after_in_child=_idle_connections.forget_after_fork)
 
 
 def _default_ssl_context() -> ssl.SSLContext:
@@ -1153,50 +910,38 @@ def _build_ssl_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLCo
     return context
 
 
-atexit.register(_idle_connections.close)
-if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
-    os.register_at_fork(after_in_child=_idle_connections.forget_after_fork)
-
-
 # --- Reading the answer ---
+
+_LATE_FAILURE = "the server failed after it had answered 200"
+_ADVICE = {401: "token", 403: "token", 404: "model and server_url", 407: "HTTP_PROXY", 429: "retries"}
 
 
 def _status_error(response: _Response, who: str, advice: str = "") -> APIStatusError:
-    """Read an answer other than 200 into an error."""
-    page = _read_page(response)
+    status = response.status
+    headers = {name.lower(): _one_line(value) for name, value in response.headers.items()}
+    page = _read_page(response)[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
     message = _server_message(page)
-    headers = {name.lower(): value for name, value in response.headers.items()}
-    text = _one_line(f"{who} answered {response.status} {response.reason}")
+    text = f"{who} answered {status} {_one_line(response.reason)}"
     if "location" in headers:
-        text += f", a redirect to {_one_line(headers['location'])} that is not followed; see server_url"
+        text += f", a redirect to {headers['location']} that is not followed; see server_url"
     if message:
         text += f": {message}"
     if "retry-after" in headers:
-        text += f" (Retry-After: {_one_line(headers['retry-after'])})"
-    text += advice or _ADVICE.get(response.status, "")
-    return APIStatusError(text, response.status, headers, page, message)
+        text += f" (Retry-After: {headers['retry-after']})"
+    if status in _ADVICE:
+        advice = advice or f"; see {_ADVICE[status]}"
+    return APIStatusError(text + advice, status_code=status, headers=headers, body=page, message=message)
 
 
-_ADVICE = {
-    401: "; see token and FRIENDLI_TOKEN",
-    403: "; see token and FRIENDLI_TOKEN",
-    404: "; see model and server_url",
-    407: "; see HTTP_PROXY and HTTPS_PROXY",
-    429: "; send less at a time, or raise retries",
-}
-
-
-def _read_page(response: _Response) -> str:
-    """Return the start of a body that is no completion; what breaks it is not worth an error."""
+def _read_page(response: _Response) -> bytes:
+    """Return the start of a body that is no completion, even if it breaks off."""
     page = b""
-    try:
-        for piece in response.pieces():
+    with contextlib.suppress(APIConnectionError):
+        pieces = response.pieces()
+        while len(page) < _MAX_PAGE_BYTES and (piece := next(pieces, b"")):
             page += piece
-            if len(page) >= _MAX_PAGE_BYTES:
-                break
-    except APIConnectionError:
-        response.will_close = True
-    return page[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
+        response.release()
+    return page
 
 
 def _server_message(page: str) -> str:
@@ -1220,8 +965,8 @@ def _words(payload: Any) -> str:
 
 def _one_line(text: str) -> str:
     """Return text that is fit for a message: short, printable, on one line."""
-    words = "".join(c if c.isprintable() else " " for c in text[: 8 * _MAX_QUOTED_CHARACTERS]).split()
-    line = " ".join(words)
+    printable = (c if c.isprintable() else " " for c in text[: 8 * _MAX_QUOTED_CHARACTERS])
+    line = " ".join("".join(printable).split())
     return line if len(line) <= _MAX_QUOTED_CHARACTERS else line[:_MAX_QUOTED_CHARACTERS] + "..."
 
 
@@ -1229,15 +974,18 @@ def _expect(media_type: str, response: _Response) -> None:
     """Refuse an answer that says that it is something else, as a login page does."""
     found = response.headers.get("Content-Type", media_type).partition(";")[0].strip().lower()
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if found != media_type or encoding != "identity":
-        page = _read_page(response)
-        encoded = "" if encoding == "identity" else f" in {encoding}, which was not asked for"
-        text = f"the answer is {found}{encoded}, not {media_type}; see server_url: "
-        raise APIResponseError(_one_line(text + _server_message(page)), page)
+    if (found, encoding) != (media_type, "identity"):
+        what = f"the answer is {found} ({encoding}), not {media_type}; see server_url"
+        raise _response_error(what, _read_page(response))
 
 
-def _read_completion(response: _Response) -> Completion:
-    _expect(_JSON_TYPE, response)
+def _response_error(what: str, body: bytes | bytearray) -> APIResponseError:
+    page = body[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
+    return APIResponseError(_one_line(f"{what}: {_server_message(page) or page}"), body=page)
+
+
+def _read_completion(response: _Response) -> Iterator[Completion]:
+    _expect("application/json", response)
     body = bytearray()
     for piece in response.pieces():
         body += piece
@@ -1245,38 +993,14 @@ def _read_completion(response: _Response) -> Completion:
             raise APIResponseError(f"the answer has over {_MAX_COMPLETION_BYTES} bytes")
     completion = _parse(body, _completion)
     response.release()
-    return completion
+    yield completion
 
 
-def _retry_until_first(call: _Call, chunks: _ChunkGenerator) -> _ChunkGenerator:
-    """Yield the chunks of an answer; until the first of them the call may be tried again."""
-    try:
-        while True:
-            try:
-                first = next(chunks, None)
-                break
-            except FriendliError as error:
-                call.wait_for_retry(error)
-                chunks = call.run(_open_chunks)
-        if first is not None:
-            yield first
-            yield from chunks
-    except FriendliError as error:
-        call.complete_error(error)
-        raise
-    finally:
-        call.close()
-
-
-def _open_chunks(response: _Response) -> _ChunkGenerator:
-    _expect(_EVENT_STREAM_TYPE, response)
-    return _read_chunks(response)
-
-
-def _read_chunks(response: _Response) -> _ChunkGenerator:
+def _read_chunks(response: _Response) -> Iterator[CompletionChunk]:
+    _expect("text/event-stream", response)
     for event, data in _read_events(response.pieces()):
         if event == "error":
-            raise _error_in_answer(data)
+            raise _response_error(_LATE_FAILURE, data)
         yield _parse(data, _chunk)
     response.release()
 
@@ -1284,22 +1008,17 @@ def _read_chunks(response: _Response) -> _ChunkGenerator:
 def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     """Yield the event and data of each server-sent event, up to [DONE].
 
-    A field named "error" (older llama.cpp) is yielded as an event of that name. The rules quoted are of
-    https://html.spec.whatwg.org/multipage/server-sent-events.html, "Interpreting an event stream".
-
-    Raises:
-        APIConnectionError: the bytes ended before [DONE].
-        APIResponseError: over 16 MiB came without an event.
+    So is a field named "error" (older llama.cpp). The rules quoted are of "Interpreting an event stream" in
+    https://html.spec.whatwg.org/multipage/server-sent-events.html.
     """
     event = ""
     data: list[bytes] = []
     size = 0
     for lines in _read_lines(pieces):
-        size += sum(map(len, lines), len(lines))
         for line in lines:
+            size += len(line) + 1
             if not line:
-                # Beyond "If the data buffer is an empty string, ... return": blank data, seen as a sign
-                # of life, is no event, but an error without data is one.
+                # "If the data buffer is an empty string, ... return"; but an error needs no data.
                 if any(data) or event == "error":
                     yield event, b"\n".join(data)
                     size = 0
@@ -1318,7 +1037,7 @@ def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
                 event = value.decode("utf-8", "replace")
             elif name == b"error":
                 yield "error", value
-            # "Otherwise: The field is ignored." A comment has an empty name, and is ignored, too.
+            # "Otherwise: The field is ignored." So is a comment, whose name is empty.
         if size > _MAX_EVENT_BYTES:
             raise APIResponseError(f"the stream has over {_MAX_EVENT_BYTES} bytes without an event")
     raise APIConnectionError("the stream was cut: it ended before [DONE]")
@@ -1349,92 +1068,67 @@ def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
     yield [bytes(unfinished)] if unfinished else []
 
 
-# --- From JSON to dataclasses: ValueError for what is wrong, which _parse() makes an APIResponseError ---
-
-
+# --- From JSON to dataclasses: what raises a ValueError becomes an APIResponseError in _parse() ---
 def _parse(data: bytes | bytearray, build: Callable[[dict[str, Any]], _T]) -> _T:
     try:
         text = data.decode().strip()
-        raw, end = _decoder.raw_decode(text)
+        raw, end = _decode(text)
         if end != len(text) or not isinstance(raw, dict):
             raise ValueError("it is not one object")
         if raw.get("error") is None:
             return build(raw)
-        failure = _error_in_answer(data)
     except (ValueError, RecursionError) as error:
-        page = data[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
-        failure = APIResponseError(_one_line(f"the answer is no completion: {error}: {page}"), page)
-    raise failure  # not in the except block, whose error would become its context
-
-
-def _error_in_answer(payload: bytes | bytearray) -> APIResponseError:
-    text = payload.decode("utf-8", "replace")
-    return APIResponseError(f"the server failed after it had answered 200: {_server_message(text)}", text)
+        raise _response_error(f"the answer is no completion: {error}", data) from None
+    raise _response_error(_LATE_FAILURE, data)
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _completion(raw: dict[str, Any]) -> Completion:
+    parts, usage = _parts(raw)
     choices = []
-    for choice in _choices(raw):
-        reason = _finish_reason(choice)
-        logprobs = _optional(Logprobs, choice.get("logprobs"))
-        tokens = choice.get("tokens") or []
-        seed = choice.get("seed")
-        choices.append(CompletionChoice(choice.get("index"), _text(choice), seed, reason, tokens, logprobs))
-    usage = _optional(Usage, raw.get("usage"))
-    return Completion(raw.get("id"), raw.get("object"), choices, usage, raw.get("model"), raw)
+    for choice, text, reason, logprobs in parts:
+        checked = {**choice, "text": text, "finish_reason": reason, "logprobs": logprobs}
+        choices.append(_build(CompletionChoice, checked))
+    return _build(Completion, {**raw, "choices": choices, "usage": usage, "raw": raw})
 
 
 def _chunk(raw: dict[str, Any]) -> CompletionChunk:
+    parts, usage = _parts(raw)
     choices = []
-    for choice in _choices(raw):
-        reason = _finish_reason(choice)
-        logprobs = _optional(Logprobs, choice.get("logprobs"))
-        choices.append(ChunkChoice(choice.get("index"), _text(choice), choice.get("token"), reason, logprobs))
-    usage = _optional(Usage, raw.get("usage"))
+    for choice, text, reason, logprobs in parts:
+        choices.append(ChunkChoice(choice.get("index"), text, choice.get("token"), reason, logprobs))
     return CompletionChunk(raw.get("id"), raw.get("object"), choices, raw.get("created"), usage, raw)
 
 
-def _choices(raw: dict[str, Any]) -> list[dict[str, Any]]:
+def _parts(raw: dict[str, Any]) -> tuple[list[tuple[dict[str, Any], str, str | None, Any]], Usage | None]:
+    """Return each choice with its text, finish_reason and logprobs, and the usage, all of them checked."""
     choices = raw.get("choices")
     if not isinstance(choices, list):
         raise ValueError("it has no list of choices")
+    parts = []
     for choice in choices:
         if not isinstance(choice, dict):
             raise ValueError("a choice is no object")
-    return choices
+        text, reason, logprobs = choice.get("text"), choice.get("finish_reason"), choice.get("logprobs")
+        if reason in ("null", ""):  # seen for null
+            reason = None
+        if text is None and reason:  # only the end of a choice may lack it
+            text = ""
+        if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
+            raise ValueError("a choice has no text, or a finish_reason that is none")
+        parts.append((choice, text, reason, None if logprobs is None else _build(Logprobs, logprobs)))
+    usage = raw.get("usage")
+    return parts, None if usage is None else _build(Usage, usage)
 
 
-def _text(choice: dict[str, Any]) -> str:
-    """Return the text, which only the end of a choice may lack."""
-    text = choice.get("text")
-    if isinstance(text, str):
-        return text
-    if text is None and _finish_reason(choice):
-        return ""
-    raise ValueError("a choice has no text")
-
-
-def _finish_reason(choice: dict[str, Any]) -> str | None:
-    """Return the reason; for none yet, "null" and "" were seen beside null."""
-    reason = choice.get("finish_reason")
-    if reason is None or reason in ("null", ""):
-        return None
-    if not isinstance(reason, str):
-        raise ValueError("a finish_reason is no string")
-    return reason
-
-
-def _optional(kind: type[_T], value: Any) -> _T | None:
-    """Return an object as the dataclass that it is, or None where there is none."""
-    if value is None:
-        return None
+def _build(kind: type[_T], value: Any) -> _T:
+    """Return a JSON object as a dataclass, without what is null or has no field."""
     if not isinstance(value, dict):
         raise ValueError(f"{kind.__name__} is no object")
     known = kind.__annotations__
@@ -1442,10 +1136,8 @@ def _optional(kind: type[_T], value: Any) -> _T | None:
 
 
 # --- The command line ---
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, 1 (failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with 1 (failed), 2 (wrong usage) or 130 (Ctrl-C), or return."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.verbose:
@@ -1457,21 +1149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_completion(options)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    except FriendliError as error:
-        return _complain(str(error))
     except BrokenPipeError:  # the reader has enough; what is buffered must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        return _complain(f"cannot read or write: {error}")
+    except (FriendliError, OSError) as error:
+        sys.exit(f"friendli_lite: {error}")
     except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _complain(text: str) -> int:
-    if sys.stderr is not None:  # closed; print() would turn to stdout
-        print(f"friendli_lite: {text}", file=sys.stderr)
-    return 1
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1480,15 +1163,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="friendli_lite",
         usage="%(prog)s [options] [PROMPT]",
-        add_help=False,
-        description="Print a completion. FRIENDLI_SERVER_URL and FRIENDLI_TOKEN are obeyed.",
+        description="Complete PROMPT, or stdin. FRIENDLI_SERVER_URL and FRIENDLI_TOKEN are obeyed.",
         epilog="examples:\n"
         '  friendli_lite --max-tokens 16 "Say this is a test!"\n'
         "  friendli_lite --set 'stop=[\"\\n\"]' --json < prompt.txt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument_group("arguments").add_argument
-    add("prompt", nargs="?", default="-", metavar="PROMPT", help="the text to complete; -: read stdin")
+    add = parser.add_argument
+    add("prompt", nargs="?", default="-", help=argparse.SUPPRESS)
     add("--model", help="LoRA adapter, model or endpoint ID")
     add("--max-tokens", type=int, metavar="N", help="most tokens to generate")
     add("--temperature", type=float, metavar="T", help="of the sampling")
@@ -1500,29 +1182,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-stream", action="store_true", help="print the completion when it is whole")
     add("--json", action="store_true", help="print the raw object, one a line for a stream")
     add("--verbose", action="store_true", help="tell of requests and retries on stderr")
-    add("--version", action="version", version=f"friendli_lite {__version__}", help="print the version")
-    add("-h", "--help", action="help", help="print this help")
+    add("--version", action="version", version=f"friendli_lite {__version__}")
     return parser
 
 
 def _print_completion(options: argparse.Namespace) -> None:
+    how = {name: getattr(options, name) for name in ("server_url", "timeout", "total_timeout", "retries")}
     body = _body_fields(options)
-    arguments = {
-        "server_url": options.server_url,
-        "timeout": options.timeout,
-        "total_timeout": options.total_timeout,
-        "retries": options.retries,
-    }
-    if options.no_stream:
-        completion = complete(body, **arguments)
-        print(json.dumps(completion.raw) if options.json else completion.text, flush=True)
-        return
-    with stream(body, **arguments) as chunks:
-        for chunk in chunks:
-            if options.json:
-                print(json.dumps(chunk.raw), flush=True)
-            elif chunk.choices and not chunk.choices[0].index:  # of several choices, the first
-                print(chunk.text, end="", flush=True)
+    for answer in [complete(body, **how)] if options.no_stream else stream(body, **how):
+        if options.json:
+            print(json.dumps(answer.raw), flush=True)
+        elif answer.choices and not answer.choices[0].index:  # of several choices, the first
+            print(answer.text, end="", flush=True)
     if not options.json:
         print(flush=True)
 
@@ -1543,4 +1214,4 @@ def _body_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
