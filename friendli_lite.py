@@ -146,7 +146,7 @@ class CompletionRequest:
     seed: int | Sequence[int] | None = None  # of the sampling; a list has one for each of `n`
     stop: Sequence[str] | None = None  # texts that end the generation
     stop_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None  # [{"tokens": [ID, ...]}] that end it
-    stream: bool | None = None  # set by `stream()`, refused by `complete()`
+    stream: bool | None = None  # set by `stream()`; what contradicts the call is refused
     stream_options: Mapping[str, bool] | None = None  # {"include_usage": True}: a last chunk has `usage`
     temperature: float | None = None  # of the sampling; 0 takes the likeliest token
     token_index_to_replace: Sequence[int] | None = None  # positions of tokens that embeddings replace
@@ -798,7 +798,7 @@ def _open_socket(host: str, port: int, limits: _Limits) -> socket.socket:
 class _Response(http.client.HTTPResponse):
     """An answer whose body is to be read; its close() closes the connection, unless that was released."""
 
-    idle_since = 0.0
+    idle_since: float
     is_released = False
 
     def __init__(self, connection: Any) -> None:

@@ -473,6 +473,7 @@ class RequestTests(TestCase):
                     self.assertEqual(authorization, received.headers.get("authorization"))
                     self.assertEqual("my-team" if path else None, received.headers.get("x-friendli-team"))
                     self.assertEqual(accept, received.headers["accept"])
+                    self.assertEqual("identity", received.headers["accept-encoding"])
                     self.assertEqual("application/json", received.headers["content-type"])
                     self.assertEqual(f"127.0.0.1:{container.port}", received.headers["host"])
                     agent = f"friendli_lite/{friendli_lite.__version__}"
@@ -622,6 +623,7 @@ class AnswerTests(TestCase):
         self.assertEqual([-0.5], choice.logprobs.token_logprobs)
         self.assertEqual(("cmpl-1", "text_completion", 1733382157), (first.id, first.object, first.created))
         self.assertEqual(("", "length"), (last.text, last.choices[0].finish_reason))
+        self.assertNotIn("raw", repr(last))
         self.assertEqual(([], "", 2), (usage.choices, usage.text, usage.usage.total_tokens))
 
     def test_other_servers_fields_are_kept_and_missing_ones_are_none(self):
@@ -1041,6 +1043,9 @@ class CommandLineTests(TestCase):
         status, out, err = self.run_main("p")
         self.assertEqual((1, ""), (status, out))
         self.assertRegex(err, r"\Afriendli_lite: POST http://.*404.*no such model.*\n\Z")
+        self.assertNotIn("attempts", err)  # there was one
+        status, _, err = self.run_main("--total-timeout", "0", "p")
+        self.assertEqual((1, True), (status, "total_timeout=0 s was spent" in err))
 
     def test_wrong_usage_is_exit_status_2(self):
         container = self.serve()
@@ -1894,15 +1899,23 @@ class TLSTests(ConnectionTestCase):
             self.assertEqual(2, server.connections)
 
     def test_the_default_context_takes_a_private_ca_from_ssl_cert_file_and_is_built_once_for_https(self):
+        def answer(sock):
+            protocols.append(sock.selected_alpn_protocol())
+            sock.sendall(ANSWER)
+
+        protocols = []
         path = certificates()
         os.environ["SSL_CERT_FILE"] = shutil.copy(path("ca.pem"), path("copy.pem"))
         with mock.patch.object(ssl, "create_default_context", wraps=ssl.create_default_context) as build:
             with self.serve():
                 self.call()
             self.assertEqual(0, build.call_count)
-            with self.serve(tls=server_tls()), ThreadPoolExecutor(8) as pool:
+            tls = server_tls()
+            tls.set_alpn_protocols(["h2", "http/1.1"])
+            with self.serve(answer, tls=tls), ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda _: self.call(2), range(8)))
             self.assertEqual(1, build.call_count)
+            self.assertEqual(["http/1.1"], protocols)
             for name in ("SSL_CERT_DIR", "SSL_CERT_FILE"):
                 before = friendli_lite._default_ssl_context()
                 os.environ[name] = path(".")
@@ -2344,6 +2357,12 @@ class BrokenHTTPTests(WireTestCase):
         answer = head(Content_Type=EVENTS, Transfer_Encoding="chunked") + b"-1\r\n" + payload(stream, ONE)
         self.check_error(APIConnectionError, self.answer(stream, answer))
 
+    def test_after_101_another_protocol_is_spoken_and_no_call_follows(self):
+        result = self.answer(complete, lambda sock: sock.sendall(head(101, Upgrade="x")))
+        self.check_error(APIStatusError, result, "101")
+        self.check_next_call()
+        self.assertEqual(self.container.connections, 2)
+
     def test_a_wrong_content_length_is_an_error(self):
         for call in MEDIA_TYPES:
             body = payload(call, ONE)
@@ -2440,7 +2459,10 @@ class EndlessTests(WireTestCase):
             with self.subTest(name), mock.patch.object(friendli_lite, limit, self.LIMIT):
                 tracemalloc.start()
                 try:
-                    self.check_error(kind, self.answer(call, endless(start, piece)))
+                    _, error = result = self.answer(call, endless(start, piece))
+                    self.check_error(kind, result)
+                    if kind is APIResponseError and limit != "_MAX_PAGE_BYTES":
+                        self.assertEqual("", error.body)
                     self.assertLess(tracemalloc.get_traced_memory()[1], 32 * self.LIMIT)
                 finally:
                     tracemalloc.stop()
@@ -2873,6 +2895,10 @@ class HelpTests(TestCase):
         text = pydoc.render_doc(friendli_lite, renderer=pydoc.plaintext)
         for word in ("seconds", "Raises:", "Architecture Blog", "Friendli Suite", "$FRIENDLI_TOKEN"):
             self.assertIn(word, text)
+
+    def test_the_limit_of_silence_is_that_of_the_functions(self):
+        default = inspect.signature(friendli_lite.stream).parameters["timeout"].default
+        self.assertEqual(default, friendli_lite._parser().parse_args([]).timeout)
 
     def test_each_option_has_its_help_and_each_value_a_name(self):
         for action in friendli_lite._parser()._actions:
