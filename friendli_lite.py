@@ -974,8 +974,10 @@ def _expect(media_type: str, response: _Response) -> None:
     """Refuse an answer that says that it is something else, as a login page does."""
     found = response.headers.get("Content-Type", media_type).partition(";")[0].strip().lower()
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if (found, encoding) != (media_type, "identity"):
-        what = f"the answer is {found} ({encoding}), not {media_type}; see server_url"
+    if encoding != "identity":
+        found += f" in {encoding}"
+    if found != media_type:
+        what = f"the answer is {found}, not {media_type}; see server_url"
         raise _response_error(what, _read_page(response))
 
 

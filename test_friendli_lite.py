@@ -2295,7 +2295,7 @@ class PayloadTests(WireTestCase):
                     "text/html",
                     "Please log in",
                 ),
-                ("gzip", zipped, APIResponseError, "gzip"),
+                ("gzip", zipped, APIResponseError, f"{content_type} in gzip"),
                 ("of the other call", framed(body, "length", other), APIResponseError, other),
                 (
                     "an error of the other call",
