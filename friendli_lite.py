@@ -430,7 +430,7 @@ def _completions_url(server_url: str | None) -> str:
         parts = urlsplit(url)
         is_url = re.fullmatch(r"(?i:https?)://[!-~]+", url) and not re.search(r"[?#\\]", url)
         if not is_url or not parts.hostname or "%" in parts.netloc or parts.port == 0:
-            raise ValueError("it is not like http://host:port, in ASCII, without blank, query and fragment")
+            raise ValueError("not http://host:port, ASCII, without blank, query, fragment and % in the host")
     except ValueError as error:
         raise ValueError(f"server_url cannot be {url!r}: {error}") from None
     prefix = re.sub(r"(/v1)?/*$", "", parts.path)
@@ -557,7 +557,7 @@ class _Call:
             raise APITimeoutError(str(self.limits))
         self.attempts += 1
         request = urllib.request.Request(self.url, self.body, self.headers, method="POST")
-        # No redirect is followed, which would carry the token elsewhere. Made anew, it sees a new HTTP_PROXY.
+        # It follows no redirect, which would carry the token elsewhere. Made anew, it sees a new HTTP_PROXY.
         opener = urllib.request.OpenerDirector()
         opener.add_handler(urllib.request.ProxyHandler())
         opener.add_handler(_KeepAliveHandler(request.type, request.host, self.limits, self.ssl_context))
@@ -665,7 +665,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
 
     def http_open(self, request: urllib.request.Request) -> _Response:
         if request.type != self.scheme or not re.fullmatch("[!-~]+", request.host):
-            raise ValueError("the proxy is one that is spoken to by TLS, or has no name")
+            raise ValueError  # the proxy is to be spoken to by TLS, or has no name; _Call words it
         proxy = request.host if request.host != self.host else None  # it has taken the host's place
         is_https = self.scheme == "https"
         credentials = request.headers.pop("Proxy-authorization", None) if is_https else None  # for a tunnel
@@ -836,7 +836,7 @@ class _Response(http.client.HTTPResponse):
             self.connection.sock.close()
 
     def leaves_alive(self, limits: _Limits) -> bool:
-        """Take in what is left of the answer; tell whether the server keeps the connection."""
+        """Take in what is left of the answer; tell whether the connection is alive, or close it."""
         self.connection.limits = limits
         with contextlib.suppress(APIConnectionError, OSError):
             for _ in self.pieces():
@@ -918,16 +918,16 @@ _ADVICE = {401: "token", 403: "token", 404: "model and server_url", 407: "HTTP_P
 
 def _status_error(response: _Response, who: str, advice: str = "") -> APIStatusError:
     status = response.status
-    headers = {name.lower(): _one_line(value) for name, value in response.headers.items()}
+    headers = {name.lower(): value for name, value in response.headers.items()}
     page = _read_page(response)[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
     message = _server_message(page)
     text = f"{who} answered {status} {_one_line(response.reason)}"
     if "location" in headers:
-        text += f", a redirect to {headers['location']} that is not followed; see server_url"
+        text += f", a redirect to {_one_line(headers['location'])} that is not followed; see server_url"
     if message:
         text += f": {message}"
     if "retry-after" in headers:
-        text += f" (Retry-After: {headers['retry-after']})"
+        text += f" (Retry-After: {_one_line(headers['retry-after'])})"
     if status in _ADVICE:
         advice = advice or f"; see {_ADVICE[status]}"
     return APIStatusError(text + advice, status_code=status, headers=headers, body=page, message=message)
@@ -940,7 +940,7 @@ def _read_page(response: _Response) -> bytes:
         pieces = response.pieces()
         while len(page) < _MAX_PAGE_BYTES and (piece := next(pieces, b"")):
             page += piece
-        response.release()
+        response.release()  # what is left of a longer one is taken in, or given up, before the next call
     return page
 
 

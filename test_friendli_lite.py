@@ -553,7 +553,7 @@ class RequestTests(TestCase):
             (ValueError, "server_url cannot be", ("p",), {"server_url": "http://h:port"}),
             (ValueError, "Invalid IPv6", ("p",), {"server_url": "http://[::1"}),
             (ValueError, "user:password", ("p",), {"server_url": "http://user:hunter2@h"}),
-            (ValueError, "http://host:port", ("p",), {"server_url": "http://h%40elsewhere"}),
+            (ValueError, "% in the host", ("p",), {"server_url": "http://h%40elsewhere"}),
             (TypeError, "token must be str", ("p",), {"token": 3}),
             (TypeError, "the header 'a' must be str", ("p",), {"headers": {"a": 3}}),
             (TypeError, "the name of a header must be str", ("p",), {"headers": {3: "a"}}),
@@ -908,6 +908,14 @@ class ErrorTests(TestCase):
         with patch, self.assertRaisesRegex(friendli_lite.APIStatusError, "too large"):
             friendli_lite.complete("p")
         self.assertEqual(1, len(container.requests))
+
+    def test_the_headers_of_an_error_are_whole_and_its_text_is_one_short_line(self):
+        long = "a  b" * 500
+        self.serve(json_answer({}, 302, Location=long, X_Long=long))
+        with self.assertRaises(friendli_lite.APIStatusError) as caught:
+            friendli_lite.complete("p")
+        self.assertEqual([long] * 2, [caught.exception.headers[name] for name in ("location", "x-long")])
+        self.assertLess(len(str(caught.exception)), 1000)
 
     def test_no_server_is_an_error_that_says_where_how_often_and_what_to_set(self):
         container = self.serve()
@@ -1922,6 +1930,18 @@ class TLSTests(ConnectionTestCase):
                 before = friendli_lite._default_ssl_context()
                 os.environ[name] = path(".")
                 self.assertIsNot(before, friendli_lite._default_ssl_context(), name)
+
+    def test_close_from_another_thread_leaves_a_connection_encrypted(self):
+        """SSLSocket.shutdown() would make it a plain socket first."""
+        with self.serve(hang(STREAM_HEAD), tls=server_tls()), ThreadPoolExecutor(1) as pool:
+            stream = friendli_lite.stream("x", ssl_context=client_tls(), timeout=5)
+            waiting = pool.submit(self.assertRaises, friendli_lite.APIConnectionError, next, stream)
+            while not stream._chunks.gi_running:
+                time.sleep(0.001)
+            with mock.patch.object(ssl.SSLSocket, "shutdown") as shutdown, self.within(1):
+                stream.close()
+                waiting.result(5)
+            self.assertFalse(shutdown.called)
 
 
 class TokenTests(ConnectionTestCase):
