@@ -1,6 +1,11 @@
-# Copyright (c) 2026 The friendli_lite authors
-# SPDX-License-Identifier: MIT (https://opensource.org/license/mit)
-"""Text completions of a Friendli Container, in one file that needs nothing installed.
+# SPDX-FileCopyrightText: 2026 The friendli_lite authors
+# SPDX-License-Identifier: MIT-0
+# Linters and formatters of a project that vendors this file may skip it. Pyright's strict mode
+# complains only about JSON, which has no types.
+# ruff: noqa
+# fmt: off
+# pyright: basic
+"""Text completions from a Friendli Container, in one file without dependencies.
 
     import friendli_lite
 
@@ -9,20 +14,21 @@
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
 
-$FRIENDLI_SERVER_URL (default: http://localhost:8000) and $FRIENDLI_TOKEN are obeyed; `RetryConfig` says what
-is tried again. A call that fails, also by an answer that is cut short, raises a `FriendliError`.
-Left out on purpose: all other endpoints (chat, too), an async API, HTTP/2, a client object.
+The server is $FRIENDLI_SERVER_URL, or http://localhost:8000; a token is read from $FRIENDLI_TOKEN.
+Failed connections and busy servers are retried, as `RetryConfig` describes. A call that fails
+raises a `FriendliError`; so does a response that is cut short.
+Left out on purpose: every other endpoint (chat, too), an async API, HTTP/2, a client object.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import codecs
 import contextlib
 import email.utils
+import errno
 import functools
-import http.client
-import io
 import json
 import logging
 import math
@@ -32,140 +38,271 @@ import re
 import socket
 import ssl
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from datetime import timezone
+from json.encoder import encode_basestring_ascii
+from urllib.parse import unquote, urlsplit
 
-TYPE_CHECKING = False  # true for type checkers; spares the others the import of typing
+if sys.version_info < (3, 10):  # pragma: no cover
+    import encodings.idna  # for host names: in a zipped library, threads must not import it at once
+
+TYPE_CHECKING = False  # true for type checkers; at run time, typing is not imported
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from typing import Any, TypedDict, TypeVar, Unpack  # type: ignore[attr-defined, unused-ignore]
 
     _T = TypeVar("_T")
+    _AnyError = TypeVar("_AnyError", bound=BaseException)
     _ChunkGenerator = Generator["CompletionChunk", None, None]
-    # The way to a server: scheme, host, proxy, credentials for a tunnel through it, context for TLS
-    _Route = tuple[str, str, str | None, str | None, ssl.SSLContext | None]
+    # Scheme, host:port, proxy and context: connections of the same route are interchangeable
+    _Route = tuple[str, str, "_Proxy | None", "ssl.SSLContext | None"]
 else:
-    _ChunkGenerator = Generator  # Python 3.8 cannot subscript it
+    _ChunkGenerator = Generator  # which Python 3.8 cannot subscript
 
-__all__ = ["CompletionRequest", "CompletionStream", "RetryConfig", "complete", "stream"]
-__all__ += ["ChunkChoice", "Completion", "CompletionChoice", "CompletionChunk", "Logprobs", "Usage"]
-__all__ += ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError", "FriendliError"]
-__version__ = "0.1.0"
+__all__ = [
+    "APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError", "ChunkChoice",
+    "Completion", "CompletionChoice", "CompletionChunk", "CompletionRequest", "CompletionStream",
+    "FriendliError", "Logprobs", "RetryConfig", "Usage", "complete", "stream",
+]
+__version__ = "0.2.0"
 
 _DEFAULT_SERVER_URL = "http://localhost:8000"
-_MAX_CONNECT_SECONDS = 10.0  # a server that takes longer is down
-_MAX_WAIT_SECONDS = 1e6  # "no limit": about the longest that a socket can be told
-_MAX_IDLE_SECONDS = 4.0  # servers close at 5 s (uvicorn, Node.js) and more
-_MAX_IDLE_CONNECTIONS = 64  # one for each thread of a large pool
-_MAX_STALE_SECONDS = 1.0  # a connection that breaks later was most likely served
-_MAX_DRAIN_SECONDS = 0.01  # for the bytes behind [DONE]: less than a TLS handshake
-_KEEP_ALIVE_SECONDS = 60  # below the idle limits of NATs (350 s on AWS)
-_PIECE_BYTES = 64 * 1024  # sent or received at once
-_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or without an event, which has about 200
-_MAX_COMPLETION_BYTES = 128 * 1024**2
-_MAX_PAGE_BYTES = 64 * 1024  # of an error page
-_MAX_FRAMING_BYTES = 1024**2  # of headers, 1xx answers and trailers in a row
-_MAX_QUOTED_CHARACTERS = 500  # of a server's words in a message
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # OpenSSL reads them by itself
+_MAX_CONNECT_SECONDS = 10.0  # a server that takes longer counts as down
+_MAX_ADDRESS_SECONDS = 2.5  # for one of several addresses: a lost SYN is sent again after 1 s
+_MAX_WAIT_SECONDS = 1e6  # stands for no limit (12 days); sockets do not take much more
+_KEEPALIVE_EXPIRY_SECONDS = 4.0  # servers close idle connections after 5 s (uvicorn) or more
+_MAX_IDLE_CONNECTIONS = 64  # one for each thread of a large thread pool
+_MAX_STALE_SECONDS = 0.3  # a dead connection shows by then; later, the request may be read
+_MAX_DRAIN_SECONDS = 0.01  # for the bytes after [DONE]; a new connection takes longer
+_TCP_KEEPALIVE_SECONDS = 60  # below the idle limits of NATs (350 s on AWS)
+_RECEIVE_SIZE = 64 * 1024  # bytes received at once
+_SEND_SIZE = 16 * 1024  # bytes sent at once: a TLS record, so that a slow line shows progress
+_MAX_HEAD_BYTES = 32 * 1024  # of headers, interim ones included, or of trailers; as nginx
+_MAX_HEADERS = 100  # the limit of http.client and Apache
+_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or of lines without an event; an event has 200
+_MAX_COMPLETION_BYTES = 32 * 1024**2  # 100,000 tokens with 5 logprobs each have about 20 MB
+_MAX_ERROR_BODY_BYTES = 64 * 1024  # of an error page; people read its first screen
+_MAX_QUOTED_CHARACTERS = 500  # of a server's text within a message
+_MIN_SECRET_CHARACTERS = 8  # a shorter one ("test", "local") may be a word of other text
 
+_ABORTED = "another thread closed the stream"
 _logger = logging.getLogger("friendli_lite")
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # in ASCII: fit for lone surrogates
+# ASCII output, so that lone surrogates can be sent
+_encode_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
-# --- Errors ---
+# Errors
+
+
 class FriendliError(Exception):
-    """The base of all errors of a call, after `attempts` requests; its text says what to do next."""
+    """Base class of the errors raised by a call; `attempts` is the number of requests sent."""
 
     attempts: int = 0
 
-    def __init__(self, text: str, **details: Any) -> None:
-        super().__init__(text)
-        vars(self).update(details)
-
 
 class APIStatusError(FriendliError):
-    """The server, or a proxy, answered with another status than 200.
+    """The server or a proxy responded with a status other than 200.
 
-    `headers` have names in lower case, `body` has up to 64 KiB, `message` is the server's own words.
+    Attributes:
+        status_code: the status.
+        headers: the response's headers, names in lower case.
+        body: the first 64 KiB of the response's body, as text.
+        message: what the server says is wrong, found in the body; "" if it says nothing.
     """
 
-    status_code: int
-    headers: dict[str, str]
-    body: str
-    message: str
+    # The defaults are for pickle, which passes the text alone and sets the attributes then.
+    def __init__(
+        self,
+        text: str,
+        status_code: int = 0,
+        headers: dict[str, str] | None = None,
+        body: str = "",
+        message: str = "",
+    ) -> None:
+        super().__init__(text)
+        self.status_code = status_code
+        self.headers = headers or {}
+        self.body = body
+        self.message = message
 
 
 class APIConnectionError(FriendliError):
-    """There was no connection, or it broke; also a stream that ended before its [DONE]."""
+    """The connection failed or broke, or a stream ended before [DONE]."""
 
 
 class APITimeoutError(APIConnectionError):
-    """The server was silent for `timeout` seconds, or `total_timeout` seconds were spent."""
+    """No data came for `timeout` seconds, or `total_timeout` or the time to connect was over."""
 
 
 class APIResponseError(FriendliError):
-    """The status was 200, but `body`, up to 64 KiB, is no completion, or an error in mid-stream."""
+    """The response cannot be used: not HTTP, not a completion, or an error in mid-stream.
 
-    body: str = ""
+    Attributes:
+        body: the part that shows the fault, at most 64 KiB, as text; "" if it exceeds a limit.
+    """
+
+    def __init__(self, text: str, body: str = "") -> None:
+        super().__init__(text)
+        self.body = body
 
 
-# --- What is asked ---
+# Request
+
+
+def _check_type(name: str, value: object, *types: type) -> None:
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(type_.__name__ for type_ in types)
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+
+
 @dataclass
 class CompletionRequest:
     """The body of a request; None is not sent. Source: the API reference of Friendli Suite.
 
-    Exactly one of `prompt` and `tokens` is needed.
+    Exactly one of `prompt` and `tokens` is needed. Lengths and limits are in tokens.
+
+    Attributes:
+        prompt: text to complete, or a list of several.
+        tokens: the same as a list of token IDs.
+        model: LoRA adapter of a container; model code or endpoint ID of a hosted product.
+        bad_word_tokens: token sequences never to generate, like `stop_tokens`.
+        bad_words: texts never to generate.
+        embedding_to_replace: embeddings for `token_index_to_replace`, flattened.
+        encoder_no_repeat_ngram: length of n-grams of the input not to repeat.
+        encoder_repetition_penalty: penalty for tokens of the input; 1.0 is none.
+        eos_token: IDs of tokens that end the generation.
+        forced_output_tokens: token IDs that the output is forced to have.
+        frequency_penalty: penalty for each occurrence of a token; above 0 repeats less.
+        logprobs: number of most likely tokens to report at each step.
+        max_tokens: maximum length of the output.
+        max_total_tokens: maximum length of input and output; not together with `max_tokens`.
+        min_p: minimum probability of a token, relative to the most likely one.
+        min_tokens: minimum length of the output; not together with `response_format`.
+        min_total_tokens: minimum length of input and output.
+        n: number of choices to generate for each prompt.
+        no_repeat_ngram: length of n-grams of the output not to repeat.
+        presence_penalty: penalty for tokens that have occurred; above 0 repeats less.
+        repetition_penalty: penalty for tokens that have occurred; 1.0 is none.
+        response_format: {"type": ...}: "text", "json_object", "json_schema" or "regex".
+        seed: seed of the sampling, or a list with one for each of `n`.
+        stop: texts that end the generation.
+        stop_tokens: token sequences that end the generation: [{"tokens": [1, 2]}, ...].
+        stream: set by `stream()`; False there, or True in `complete()`, is refused.
+        stream_options: {"include_usage": True} adds a last chunk with `usage`.
+        temperature: randomness of the sampling; 0 takes the most likely token.
+        token_index_to_replace: positions of tokens that `embedding_to_replace` replaces.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the most likely tokens of this total probability.
+        xtc_probability: how often the most likely tokens are left out (exclude top choices).
+        xtc_threshold: probability above which a token may be left out.
+        extra_body: fields that this version does not know, sent as they are.
     """
 
-    prompt: str | Sequence[str] | None = None  # the text to complete, or several
-    tokens: Sequence[int] | None = None  # the same as token IDs
-    model: str | None = None  # LoRA adapter of a container; model or endpoint ID of a hosted product
-    bad_word_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None  # never generated; as `stop_tokens`
-    bad_words: Sequence[str] | None = None  # texts never to generate
-    embedding_to_replace: Sequence[float] | None = None  # for `token_index_to_replace`, flattened
-    encoder_no_repeat_ngram: int | None = None  # length of n-grams of the input not to repeat
-    encoder_repetition_penalty: float | None = None  # for tokens of the input; 1.0 is none
-    eos_token: Sequence[int] | None = None  # IDs of tokens that end the generation
-    forced_output_tokens: Sequence[int] | None = None  # IDs of the tokens to generate
-    frequency_penalty: float | None = None  # for each appearance of a token; above 0 repeats less
-    logprobs: int | None = None  # how many of the likeliest tokens to report at each step
-    max_tokens: int | None = None  # most tokens to generate
-    max_total_tokens: int | None = None  # most tokens of input and output; not with `max_tokens`
-    min_p: float | None = None  # least probability of a token, relative to the likeliest
-    min_tokens: int | None = None  # fewest tokens to generate; not with `response_format`
-    min_total_tokens: int | None = None  # fewest tokens of input and output
-    n: int | None = None  # choices to generate for each prompt
-    no_repeat_ngram: int | None = None  # length of n-grams of the output not to repeat
-    presence_penalty: float | None = None  # for tokens that have appeared; above 0 repeats less
-    repetition_penalty: float | None = None  # for tokens that have appeared; 1.0 is none
-    response_format: Mapping[str, Any] | None = None  # type: text, json_object, json_schema or regex
-    seed: int | Sequence[int] | None = None  # of the sampling; a list has one for each of `n`
-    stop: Sequence[str] | None = None  # texts that end the generation
-    stop_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None  # [{"tokens": [ID, ...]}] that end it
-    stream: bool | None = None  # set by `stream()`; what contradicts the call is refused
-    stream_options: Mapping[str, bool] | None = None  # {"include_usage": True}: a last chunk has `usage`
-    temperature: float | None = None  # of the sampling; 0 takes the likeliest token
-    token_index_to_replace: Sequence[int] | None = None  # positions of tokens that embeddings replace
-    top_k: int | None = None  # sample from the k likeliest tokens
-    top_p: float | None = None  # sample from the likeliest tokens of this total probability
-    xtc_probability: float | None = None  # how often the likeliest are left out (exclude top choices)
-    xtc_threshold: float | None = None  # probability above which a token is left out then
-    extra_body: Mapping[str, Any] | None = None  # fields that this version does not know, sent as they are
+    prompt: str | Sequence[str] | None = None
+    tokens: Sequence[int] | None = None
+    model: str | None = None
+    bad_word_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None
+    bad_words: Sequence[str] | None = None
+    embedding_to_replace: Sequence[float] | None = None
+    encoder_no_repeat_ngram: int | None = None
+    encoder_repetition_penalty: float | None = None
+    eos_token: Sequence[int] | None = None
+    forced_output_tokens: Sequence[int] | None = None
+    frequency_penalty: float | None = None
+    logprobs: int | None = None
+    max_tokens: int | None = None
+    max_total_tokens: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    min_total_tokens: int | None = None
+    n: int | None = None
+    no_repeat_ngram: int | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    response_format: Mapping[str, Any] | None = None
+    seed: int | Sequence[int] | None = None
+    stop: Sequence[str] | None = None
+    stop_tokens: Sequence[Mapping[str, Sequence[int]]] | None = None
+    stream: bool | None = None
+    stream_options: Mapping[str, bool] | None = None
+    temperature: float | None = None
+    token_index_to_replace: Sequence[int] | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    extra_body: Mapping[str, Any] | None = None
+
+
+if TYPE_CHECKING:
+
+    class _RequestFields(TypedDict, total=False):
+        """The fields of `CompletionRequest`, as keywords of the two calls (PEP 692)."""
+
+        prompt: str | Sequence[str] | None
+        tokens: Sequence[int] | None
+        model: str | None
+        bad_word_tokens: Sequence[Mapping[str, Sequence[int]]] | None
+        bad_words: Sequence[str] | None
+        embedding_to_replace: Sequence[float] | None
+        encoder_no_repeat_ngram: int | None
+        encoder_repetition_penalty: float | None
+        eos_token: Sequence[int] | None
+        forced_output_tokens: Sequence[int] | None
+        frequency_penalty: float | None
+        logprobs: int | None
+        max_tokens: int | None
+        max_total_tokens: int | None
+        min_p: float | None
+        min_tokens: int | None
+        min_total_tokens: int | None
+        n: int | None
+        no_repeat_ngram: int | None
+        presence_penalty: float | None
+        repetition_penalty: float | None
+        response_format: Mapping[str, Any] | None
+        seed: int | Sequence[int] | None
+        stop: Sequence[str] | None
+        stop_tokens: Sequence[Mapping[str, Sequence[int]]] | None
+        stream: bool | None
+        stream_options: Mapping[str, bool] | None
+        temperature: float | None
+        token_index_to_replace: Sequence[int] | None
+        top_k: int | None
+        top_p: float | None
+        xtc_probability: float | None
+        xtc_threshold: float | None
+        extra_body: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
 class RetryConfig:
-    """What is tried again, how often, and after which waits, in seconds.
+    """Which failures are tried again, how often, and after which delays in seconds.
 
-    The wait before retry k (0, 1, ...) is uniform in [0, min(max_delay, initial_delay * multiplier**k)]:
-    by default up to 0.5, 1 and 2 s ("Exponential Backoff And Jitter", AWS Architecture Blog: full jitter).
-    A server's `retry-after-ms` or `Retry-After` replaces it. One above `max_retry_after` ends the retries,
-    as does a wait beyond `total_timeout`. Never tried again are a stream after its first event, a refused
-    certificate and, unless `retry_timeouts`, a timeout: the server may generate on, and bill twice.
+    The delay before retry k = 0, 1, ... is drawn from 0 to `min(max_delay, initial_delay *
+    multiplier**k)`: by default from 0 to 0.5, 1 and 2 s (full jitter: "Exponential Backoff And
+    Jitter", AWS Architecture Blog). If the server asks for a delay, by `retry-after-ms` or
+    `Retry-After`, the two are added. If the sum exceeds what is left of `total_timeout`, the error
+    is raised at once. Not retried are a stream after its first event, a response that cannot be
+    read, a refused certificate, and a fault of this machine.
+
+    Attributes:
+        max_retries: number of retries; 0 sends one request.
+        initial_delay: maximum delay before the first retry.
+        max_delay: maximum delay before any retry, unless the server asks for more.
+        multiplier: growth of the maximum from retry to retry.
+        max_retry_after: a server that asks for more than this is not asked again.
+        status_codes: statuses that are tried again.
+        retry_connection_errors: whether connections that fail or break are tried again.
+        retry_timeouts: whether timeouts are tried again. The server may still be generating, and a
+            retry would be billed again. 504 and 524, a gateway's timeouts, count as timeouts; a
+            timeout while connecting counts as a failed connection.
     """
 
     max_retries: int = 3
@@ -173,7 +310,7 @@ class RetryConfig:
     max_delay: float = 8.0
     multiplier: float = 2.0
     max_retry_after: float = 60.0
-    status_codes: Sequence[int] = (429, 500, 502, 503, 504)
+    status_codes: Collection[int] = (408, 429, 500, 502, 503, 520, 521, 522, 523, 529)
     retry_connection_errors: bool = True
     retry_timeouts: bool = False
 
@@ -182,17 +319,22 @@ class RetryConfig:
         for name in ("max_retries", "initial_delay", "max_delay", "multiplier", "max_retry_after"):
             value = getattr(self, name)
             _check_type(name, value, int, float)
-            if not 0 <= value < math.inf:
+            if not 0 <= value <= sys.float_info.max:
                 raise ValueError(f"{name} must be finite and not negative, not {value}")
         _check_type("status_codes", self.status_codes, tuple, list, set, frozenset, range)
         for code in self.status_codes:
             _check_type("each of status_codes", code, int)
 
 
-# --- What is answered: fields that the server left out are None, or an empty list ---
+_DEFAULT_RETRIES = RetryConfig()
+
+
+# Response types: fields that the server leaves out are None, or an empty list
+
+
 @dataclass
 class Usage:
-    """How many tokens the call took; `prompt_tokens_details` may hold `cached_tokens`."""
+    """Token counts; `prompt_tokens_details` may hold `cached_tokens`."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -202,7 +344,7 @@ class Usage:
 
 @dataclass
 class Logprobs:
-    """Natural logarithms of probabilities, an entry for each token in each list."""
+    """Natural logarithms of probabilities; each list has one entry for each token."""
 
     text_offset: list[int] = field(default_factory=list)
     token_logprobs: list[float] = field(default_factory=list)
@@ -212,7 +354,7 @@ class Logprobs:
 
 @dataclass
 class CompletionChoice:
-    """One generated text; `finish_reason` is "stop", "length", or what else a server says."""
+    """One generated text; `finish_reason` is "stop", "length", or another value of the server."""
 
     index: int | None = None
     text: str = ""
@@ -222,18 +364,25 @@ class CompletionChoice:
     logprobs: Logprobs | None = None
 
 
-class _Answer:
+class _HasText:
     choices: Sequence[CompletionChoice | ChunkChoice]
 
     @property
     def text(self) -> str:
-        """The text of the first choice, "" if there is none."""
-        return self.choices[0].text if self.choices else ""
+        """The text of the first choice with index 0 or without an index; else ""."""
+        for choice in self.choices:
+            if choice.index in (0, None):
+                return choice.text
+        return ""
 
 
 @dataclass
-class Completion(_Answer):
-    """A whole answer; `raw` is the decoded object, with what has no field here."""
+class Completion(_HasText):
+    """A complete response.
+
+    `raw` is the decoded JSON object, with fields that this class lacks; `headers` are the
+    response's headers, names in lower case.
+    """
 
     id: str | None = None
     object: str | None = None
@@ -241,11 +390,12 @@ class Completion(_Answer):
     usage: Usage | None = None
     model: str | None = None
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
+    headers: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass
 class ChunkChoice:
-    """The next piece of a choice; `finish_reason` is None before its end."""
+    """The next part of a choice; `finish_reason` is None before its end."""
 
     index: int | None = None
     text: str = ""
@@ -255,10 +405,11 @@ class ChunkChoice:
 
 
 @dataclass
-class CompletionChunk(_Answer):
-    """One event of a stream; `created` is Unix time in seconds, `raw` the decoded object.
+class CompletionChunk(_HasText):
+    """One event of a stream; `created` is Unix time in seconds, `raw` the decoded JSON object.
 
-    Chunks of several choices come interleaved; see `choices[0].index`. One with `usage` has no choices.
+    Chunks of several choices come interleaved; see `choices[0].index`. The one with `usage` usually
+    has no choices.
     """
 
     id: str | None = None
@@ -269,7 +420,9 @@ class CompletionChunk(_Answer):
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-# --- The two calls ---
+# The two calls
+
+
 def complete(
     request: str | Mapping[str, Any] | CompletionRequest | None = None,
     *,
@@ -280,32 +433,39 @@ def complete(
     total_timeout: float | None = None,
     headers: Mapping[str, str] | None = None,
     ssl_context: ssl.SSLContext | None = None,
-    **fields: Any,
+    **fields: Unpack[_RequestFields],
 ) -> Completion:
-    """Ask for a completion, and return it when it is whole.
+    """Request a completion, and return it when it is complete.
 
     Args:
         request: a prompt, a mapping of body fields, or a `CompletionRequest`.
         server_url: default $FRIENDLI_SERVER_URL, then http://localhost:8000.
         token: default $FRIENDLI_TOKEN; "" sends none.
         retries: a `RetryConfig`, or a number of retries.
-        timeout: seconds of silence borne from the server; None for no limit. Connecting may take 10 s
-            at most, but only the operating system bounds the look-up of the name.
-        total_timeout: seconds for the whole call with its retries and waits; None for no limit.
-        headers: added to, and winning over, the client's own.
+        timeout: seconds to wait for the next byte; None waits forever. Connecting takes 10 s at
+            most, without the DNS lookup, which only the operating system limits.
+        total_timeout: seconds for the whole call with its retries and delays; None for no limit.
+        headers: extra headers; they override the client's.
         ssl_context: for a private CA or a client certificate; default: the system's CAs.
-        **fields: of the body; they win over `request`, which can thus be a template.
+        **fields: body fields, described in `CompletionRequest`; they override those of `request`,
+            which can thus be a template.
+
+    Returns:
+        The completion; `.text` is its text.
 
     Raises:
         FriendliError: the call failed; its subclass says how.
-        TypeError, ValueError: a mistake in the arguments; nothing was sent.
+        TypeError, ValueError: an argument or an environment variable is invalid; nothing was sent.
     """
-    limits = _Limits(timeout, total_timeout)
-    body = _build_body(request, fields, stream=False)
-    headers = _build_headers("application/json", token, headers)
-    call = _Call(_completions_url(server_url), headers, body, _retry_config(retries), limits, ssl_context)
-    *_, completion = call.run(_read_completion)
-    return completion
+    try:
+        return _prepare(
+            False, request, fields, server_url, token, headers, retries, timeout, total_timeout,
+            ssl_context,
+        ).complete()
+    except FriendliError as error:
+        raise _without_frames(error)
+    finally:
+        del token, headers  # error trackers record the local variables of a traceback
 
 
 def stream(
@@ -318,49 +478,68 @@ def stream(
     total_timeout: float | None = None,
     headers: Mapping[str, str] | None = None,
     ssl_context: ssl.SSLContext | None = None,
-    **fields: Any,
+    **fields: Unpack[_RequestFields],
 ) -> CompletionStream:
-    """Ask for a completion, and return its chunks as they come: a generator, for a `with` block.
+    """Request a completion, and return its chunks as they arrive: a generator, for a `with` block.
 
-    Arguments and errors are those of `complete()`; `total_timeout` covers the stream to its end. A request
-    that is refused raises here, a stream that is cut before [DONE] raises APIConnectionError in the loop.
+    Arguments and errors are those of `complete()`; `total_timeout` covers the stream to its end. A
+    refused request raises here; a stream cut short before [DONE] raises APIConnectionError in the
+    loop.
     """
-    limits = _Limits(timeout, total_timeout)
-    body = _build_body(request, fields, stream=True)
-    headers = _build_headers("text/event-stream", token, headers)
-    call = _Call(_completions_url(server_url), headers, body, _retry_config(retries), limits, ssl_context)
-    return CompletionStream(call)
+    try:
+        call = _prepare(
+            True, request, fields, server_url, token, headers, retries, timeout, total_timeout,
+            ssl_context,
+        )
+        call.open()
+        return CompletionStream(call)
+    except FriendliError as error:
+        raise _without_frames(error)
+    finally:
+        del token, headers
 
 
 class CompletionStream(_ChunkGenerator):
-    """The chunks of an answer: a generator of `CompletionChunk`, and a context manager.
+    """The chunks of a response: a generator of `CompletionChunk`, and a context manager.
 
-    Its end, an error, the end of the `with` block, `close()` and garbage collection let the connection go.
+    The connection is released at the end of the stream or of the `with` block, by an error, by
+    `close()`, and by garbage collection.
     """
 
     def __init__(self, call: _Call) -> None:
         self._call = call
-        self._chunks = call.run(_read_chunks)
-        next(self._chunks)  # sends the request
+        self._chunks = call.iter_chunks()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's headers, names in lower case."""
+        return self._call.response.headers
 
     def __next__(self) -> CompletionChunk:
-        return next(self._chunks)
+        try:
+            return next(self._chunks)
+        except FriendliError as error:
+            raise _without_frames(error)
 
     def send(self, value: None) -> CompletionChunk:
         """Return the next chunk."""
-        return self._chunks.send(value)
+        return next(self)
 
     def throw(self, *error: Any) -> CompletionChunk:
-        """Raise an error in the generator, which ends it."""
+        """Close the stream first, so that no retry follows, and raise the error."""
         self.close()
-        return super().throw(*error)
+        return self._chunks.throw(*error)
 
     def close(self) -> None:
-        """Let the connection go, also while another thread waits for a chunk."""
+        """Release the connection, also while another thread waits for a chunk."""
         try:
             self._chunks.close()
-        except ValueError:  # it is running, in another thread
+        except ValueError:  # it is running, in another thread or under this signal handler
             self._call.abort()
+        else:
+            self._call.response.close()  # a generator that never started does not run its `with`
+
+    __del__ = close
 
     def __enter__(self) -> CompletionStream:
         return self
@@ -369,38 +548,69 @@ class CompletionStream(_ChunkGenerator):
         self.close()
 
 
-# --- Building the request ---
-def _check_type(name: str, value: object, *kinds: type) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")
+def _without_frames(error: _AnyError) -> _AnyError:
+    """Remove the frames of an error and of its cause: they hold secrets and keep objects alive."""
+    for link in (error, error.__cause__):
+        if link is not None:
+            link.__traceback__ = link.__context__ = None
+    return error
 
 
-def _build_body(request: object, fields: dict[str, Any], stream: bool) -> bytes:
-    body = _merge(request, fields)
-    if ("prompt" in body) == ("tokens" in body):
-        found = "both were" if "tokens" in body else "neither was"
-        raise ValueError(f"exactly one of prompt and tokens is needed; {found} given")
-    if body.get("stream", stream) != stream:
-        raise ValueError(f"stream={body['stream']} is for {'complete' if stream else 'stream'}()")
-    if stream:
+# Building the request
+
+
+def _prepare(
+    is_stream: bool,
+    request: object,
+    fields: Mapping[str, Any],
+    server_url: str | None,
+    token: str | None,
+    headers: Mapping[str, str] | None,
+    retries: RetryConfig | int | None,
+    timeout: float | None,
+    total_timeout: float | None,
+    ssl_context: ssl.SSLContext | None,
+) -> _Call:
+    """Return the call that the arguments describe, once they are all checked."""
+    try:
+        _check_type("ssl_context", ssl_context, ssl.SSLContext, type(None))
+        _check_type("retries", retries, RetryConfig, int, type(None))
+        if not isinstance(retries, RetryConfig):
+            retries = _DEFAULT_RETRIES if retries is None else RetryConfig(max_retries=retries)
+        return _Call(
+            url=_completions_url(server_url),
+            headers=_build_headers(is_stream, token, headers),
+            body=_build_body(request, fields, is_stream),
+            retries=retries,
+            timeouts=_build_timeouts(timeout, total_timeout),
+            ssl_context=ssl_context,
+        )
+    except (TypeError, ValueError) as error:
+        raise _without_frames(error)
+    finally:
+        del token, headers
+
+
+def _build_body(request: object, fields: Mapping[str, Any], is_stream: bool) -> bytes:
+    body = _collect_fields(request, fields)
+    _check_fields(body)
+    if body.get("stream", is_stream) != is_stream:
+        other = "complete" if is_stream else "stream"
+        raise ValueError(f"stream={body['stream']} is for {other}()")
+    if is_stream:
         body["stream"] = True
-    extra = body.pop("extra_body", {})
-    _check_type("extra_body", extra, Mapping)
-    for name in extra:
-        if name in CompletionRequest.__annotations__:
-            raise ValueError(f"extra_body holds {name!r}, which is a field of its own")
+    body.update(body.pop("extra_body", {}))
     members = []
-    for name, value in {**body, **extra}.items():
+    for name, value in body.items():
         try:
-            members.append(_encode({name: value})[1:-1])
+            members.append(f"{encode_basestring_ascii(name)}:{_encode_json(value)}")
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{name!r} cannot be sent as JSON: {error}") from None
     return ("{" + ",".join(members) + "}").encode("ascii")
 
 
-def _merge(request: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a body that are not None, each of which is known."""
+def _collect_fields(request: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body fields of a request that are not None; keywords override."""
     if isinstance(request, str):
         if "prompt" in fields:
             raise TypeError("the prompt was given twice, as request and as prompt=")
@@ -408,559 +618,1006 @@ def _merge(request: Any, fields: dict[str, Any]) -> dict[str, Any]:
     elif isinstance(request, CompletionRequest):
         request = vars(request)
     elif request is not None:
-        _check_type("request (a list of prompts is prompt=[...])", request, str, Mapping, CompletionRequest)
-    merged = {**(request or {}), **fields}
-    known = CompletionRequest.__annotations__
-    for name in merged:
-        if name not in known:
-            import difflib  # only for a mistake
-
-            candidates = [*known, *(f"{argument}=" for argument in complete.__kwdefaults__ or ())]
-            nearest = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.0)[0]
-            raise TypeError(f"unknown field {name!r}; did you mean {nearest!r}? (extra_body takes new ones)")
+        name = "request (a list of prompts is prompt=[...])"
+        _check_type(name, request, str, Mapping, CompletionRequest)
+    merged: dict[str, Any] = {**(request or {}), **fields}
+    for name in merged.keys() - CompletionRequest.__annotations__.keys():
+        raise TypeError(f"unknown field {name!r}; {_hint_for_unknown_field(str(name))}")
     return {name: value for name, value in merged.items() if value is not None}
 
 
+_FIELDS_OF_OTHER_CLIENTS = {
+    "api_key": "use token=",
+    "base_url": "use server_url=",
+    "extra_headers": "use headers=",
+    "http_headers": "use headers=",
+    "max_completion_tokens": "use max_tokens=",
+    "messages": "chat is left out; pass a prompt",
+    "timeout_ms": "use timeout=, in seconds",
+}
+
+
+def _hint_for_unknown_field(name: str) -> str:
+    import difflib  # needed only for a mistake
+
+    arguments = [f"{argument}=" for argument in complete.__kwdefaults__ or ()]
+    known = [*CompletionRequest.__annotations__, *arguments]
+    near = difflib.get_close_matches(name, known, n=1)
+    guess = f"did you mean {near[0]!r}?" if near else "extra_body takes new ones"
+    return _FIELDS_OF_OTHER_CLIENTS.get(name, guess)
+
+
+def _check_fields(body: Mapping[str, Any]) -> None:
+    """Refuse what a server would refuse with a 422 that says less."""
+    if ("prompt" in body) == ("tokens" in body):
+        found = "both were" if "tokens" in body else "neither was"
+        raise ValueError(f"exactly one of prompt and tokens is needed; {found} given")
+    types = CompletionRequest.__annotations__  # as text, by `from __future__ import annotations`
+    for name, value in body.items():
+        if isinstance(value, str) and types[name].startswith("Sequence[str]"):
+            raise TypeError(f"{name} must be a list of strings: {name}={json.dumps([value])}")
+    _check_type("extra_body", body.get("extra_body", {}), Mapping)
+    for name in types.keys() & body.get("extra_body", {}):
+        raise ValueError(f"extra_body holds {name!r}, which is a field of its own")
+
+
+_HOST = r"(?:\[[\da-f:.]+\]|(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?)"
+_PORT = r"(?!6553[6-9]|655[4-9]\d|65[6-9]\d\d|6[6-9]\d{3}|[7-9]\d{4})[1-9]\d{0,4}"  # to 65535
+_SERVER_URL = re.compile(
+    rf"(https?)://({_HOST}(?::{_PORT})?):?"
+    r"((?:/+[^\0- #/?\\\x7f-\U0010ffff]+)*?)(?:/+v1(?:/+completions)?)?/*",
+    re.IGNORECASE | re.ASCII,
+)
+_SERVER_URL_MISTAKES = (  # a pattern, and what is wrong with a URL in which it is found
+    (r"\A\Z", "it is empty"),
+    (r"[\0- \x7f]", "it holds a blank or a control character"),
+    (r"[^!-~]", "it holds a character that is not ASCII"),
+    (r"(?i)\A(?!https?://)", "it must begin with http:// or https://"),
+    (r"\\", "it holds a backslash"),
+    (r"\?", "it has a query"),
+    (r"#", "it has a fragment"),
+    (r"\A\w+://([:/]|\Z)", "it has no host"),
+    (r"\A\w+://[^/]*%", "it has % in its host"),
+    (rf"(?i)\A\w+://(?!{_HOST}(:|/|\Z))", "it has an invalid host"),
+    (r"", "it has an invalid port"),
+)
+
+
 def _completions_url(server_url: str | None) -> str:
-    url = server_url or os.environ.get("FRIENDLI_SERVER_URL") or _DEFAULT_SERVER_URL
-    _check_type("server_url", url, str)
-    if "@" in url:  # not shown: there may be a password
+    """Return the URL to post to; `server_url` may end in a slash, in /v1, or in the whole path."""
+    if server_url is None:
+        server_url = os.environ.get("FRIENDLI_SERVER_URL") or _DEFAULT_SERVER_URL
+    _check_type("server_url", server_url, str)
+    if "@" in server_url:  # not shown: there may be a password
         raise ValueError("server_url must not hold user:password@; use token or headers")
-    try:
-        parts = urlsplit(url)
-        is_url = re.fullmatch(r"(?i:https?)://[!-~]+", url) and not re.search(r"[?#\\]", url)
-        if not is_url or not parts.hostname or "%" in parts.netloc or parts.port == 0:
-            raise ValueError("not http://host:port, ASCII, without blank, query, fragment and % in the host")
-    except ValueError as error:
-        raise ValueError(f"server_url cannot be {url!r}: {error}") from None
-    prefix = re.sub(r"(/v1)?/*$", "", parts.path)
-    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{prefix}/v1/completions"
+    match = _SERVER_URL.fullmatch(server_url)
+    if match is None:
+        mistakes = (text for sign, text in _SERVER_URL_MISTAKES if re.search(sign, server_url))
+        raise ValueError(f"server_url cannot be {server_url!r}: {next(mistakes)}")
+    scheme, host, prefix = match.groups()
+    return f"{scheme.lower()}://{host}{prefix}/v1/completions"
 
 
-def _build_headers(accept: str, token: str | None, headers: Mapping[str, str] | None) -> dict[str, str]:
-    built = {"Accept": accept, "Accept-encoding": "identity", "Content-type": "application/json"}
-    built["User-agent"] = f"friendli_lite/{__version__}"
+_TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+
+
+def _build_headers(
+    is_stream: bool, token: str | None, headers: Mapping[str, str] | None
+) -> dict[str, str]:
+    built = {
+        "Accept": "text/event-stream" if is_stream else "application/json",
+        "Accept-encoding": "identity",
+        "Content-type": "application/json",
+        "User-agent": f"friendli_lite/{__version__}",
+    }
     token = os.environ.get("FRIENDLI_TOKEN", "") if token is None else token
     _check_type("token", token, str)
     token = token.strip()
     if re.search(r"[^ -~]", token):
-        raise ValueError("token holds a character that cannot stand in a header")
+        raise ValueError("token has a character that headers must not have")
     if token:
         built["Authorization"] = f"Bearer {token}"
     _check_type("headers", headers or {}, Mapping)
     for name, value in (headers or {}).items():
         _check_type("the name of a header", name, str)
-        _check_type(f"the header {name!r}", value, str)
-        # RFC 9110, 5.6.2 (token) and 5.5 (field-value)
-        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or re.search(r"[^\t -~\x80-\xff]", value):
-            raise ValueError(f"the header {name!r} holds a character that cannot stand there")
+        _check_type(f"header {name!r}", value, str)
+        # RFC 9110, 5.6.2 and 5.5
+        if not _TOKEN.fullmatch(name) or re.search(r"[^\t -~\x80-\xff]", value):
+            raise ValueError(f"header {name!r} has a character that headers must not have")
         if name.lower() in ("content-length", "transfer-encoding"):
-            raise ValueError(f"the header {name!r} is the client's to set")
-        built[name.capitalize()] = value
+            raise ValueError(f"header {name!r} is set by the client")
+        built[name.capitalize()] = value  # in urllib's spelling, so that it overrides
     return built
 
 
-def _retry_config(retries: RetryConfig | int | None) -> RetryConfig:
-    if retries is None:
-        return RetryConfig()
-    _check_type("retries", retries, RetryConfig, int)
-    return retries if isinstance(retries, RetryConfig) else RetryConfig(max_retries=retries)
+def _build_timeouts(timeout: float | None, total_timeout: float | None) -> _Timeouts:
+    silence = math.inf if timeout is None else timeout
+    total = math.inf if total_timeout is None else total_timeout
+    _check_type("timeout", silence, int, float)
+    _check_type("total_timeout", total, int, float)
+    if not silence > 0 or total != total:  # NaN
+        raise ValueError("timeout and total_timeout must be seconds, timeout above 0, or None")
+    longest = _MAX_WAIT_SECONDS
+    return _Timeouts(min(silence, longest), max(-longest, min(total, longest)))
 
 
-# --- The attempts ---
-class _Limits:
-    """What a call may still take: `timeout` seconds of silence, `total_timeout` in all."""
+# Sending with retries
+
+
+class _Timeouts:
+    """The time that a call has left: `timeout` s for the next bytes, `total_timeout` s in all."""
 
     def __init__(
-        self, timeout: float | None, total_timeout: float | None, clock: Callable[[], float] = time.monotonic
+        self, timeout: float, total_timeout: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.timeout = math.inf if timeout is None else timeout
-        self.total_timeout = math.inf if total_timeout is None else total_timeout
-        _check_type("timeout", self.timeout, int, float)
-        _check_type("total_timeout", self.total_timeout, int, float)
-        if not self.timeout > 0 or math.isnan(self.total_timeout):
-            raise ValueError("timeout and total_timeout must be seconds, timeout above 0, or None")
+        self.timeout = timeout
+        self.total_timeout = total_timeout
         self.clock = clock
-        self.start = clock()
+        self._start = clock()
+        self._total_comes_first = False  # of the two limits
 
     def elapsed(self) -> float:
-        return self.clock() - self.start
+        return self.clock() - self._start
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         return self.total_timeout - self.elapsed()
 
-    def next_wait(self) -> float:
+    def for_socket(self) -> float:
         """Return how many seconds a socket may wait now; raise socket.timeout if none are left."""
-        left = self.left()
-        if left <= 0:
-            raise socket.timeout
-        return min(self.timeout, left, _MAX_WAIT_SECONDS)
+        remaining = self.remaining()
+        if remaining <= 0:
+            raise socket.timeout("timed out")
+        self._total_comes_first = remaining < self.timeout
+        return min(self.timeout, remaining)
 
-    def __str__(self) -> str:
-        if self.left() > 0:
-            return f"the server was silent for timeout={self.timeout:.3g} s"
-        if self.total_timeout == -math.inf:
-            return "another thread closed the stream"
-        return f"total_timeout={self.total_timeout:.3g} s was spent"
+    def message(self, verb: str = "received") -> str:
+        """Return the end of an error message: which limit was spent."""
+        if self._total_comes_first or self.remaining() <= 0:  # a socket may wake up a bit early
+            return f": total_timeout={self.total_timeout:g} s was spent"
+        return f": no data {verb} for timeout={self.timeout:g} s"
+
+
+class _ConnectTimeouts(_Timeouts):
+    """The time that connecting has left: `total_timeout` is 10 s, or less if the call has less."""
+
+    def __init__(self, call: _Timeouts) -> None:
+        seconds, self._limit = min(  # the shortest, and its name
+            (_MAX_CONNECT_SECONDS, "the limit for connecting"),
+            (call.timeout, "timeout"),
+            (max(0.0, call.remaining()), "total_timeout"),
+        )
+        super().__init__(math.inf, seconds, call.clock)
+
+    def message(self, verb: str = "received") -> str:
+        return f" within {round(self.total_timeout, 3):g} s ({self._limit})"
 
 
 @dataclass(repr=False, eq=False)  # repr() would show the token
 class _Call:
-    """One call: what is sent, how often, and the answer at hand. Tests inject sleep and chance."""
+    """One call: what is sent, its timeouts, its attempts. Tests replace `sleep` and `uniform`."""
 
     url: str
     headers: dict[str, str]
     body: bytes
     retries: RetryConfig
-    limits: _Limits
+    timeouts: _Timeouts
     ssl_context: ssl.SSLContext | None
     sleep: Callable[[float], None] = time.sleep
     uniform: Callable[[float, float], float] = random.uniform
-    attempts: int = 0
+    attempts: int = 0  # requests sent, also those sent again since an idle connection was dead
+    retry: int = 0  # retries begun
+    was_sent: bool = False  # whether the last request may have reached a server
+    was_aborted: bool = False
+    connection: _Connection | None = None  # of the last attempt
     response: _Response = field(init=False)
 
-    def __post_init__(self) -> None:
-        _check_type("ssl_context", self.ssl_context, ssl.SSLContext, type(None))
-
-    def run(self, read: Callable[[_Response], Iterator[_T]]) -> Generator[_T, None, None]:
-        """Yield None at the head of an answer, then what `read` makes of its body; until then, try again."""
-        nothing: Any = None
-        has_head = has_body = False
+    def complete(self) -> Completion:
         while True:
             try:
-                with self._open() as response:
-                    self.response = response
-                    if response.status != 200:
-                        raise _status_error(response, response.connection.peer)
-                    if not has_head:
-                        has_head = True
-                        yield nothing
-                    items = read(response)
-                    for first in items:
-                        has_body = True
-                        yield first
-                        yield from items
+                with contextlib.closing(self._send()) as response:
+                    completion = _read_completion(response)
+                if self.timeouts.remaining() <= 0:  # the JSON may have taken its time
+                    raise APITimeoutError(f"the response came too late{self.timeouts.message()}")
+                self._log("done")
+                return completion
+            except FriendliError as error:
+                self._wait_or_raise(error)
+
+    def open(self) -> None:
+        """Send the request until the head of a stream has arrived."""
+        while True:
+            try:
+                self.response = self._send()
                 return
             except FriendliError as error:
-                self._explain(error)
-                wait = _wait_before_retry(error, self.attempts - 1, self.retries, self.uniform)
-                if has_body or wait is None or wait >= self.limits.left():
-                    raise
-                retry = f"retry {self.attempts} of {self.retries.max_retries}"
-                _logger.info("%s: %s in %.2f s", error, retry, wait)
-            finally:
-                _logger.debug("POST %s: done after %.3f s", self.url, self.limits.elapsed())
-            self.sleep(wait)
+                self._wait_or_raise(error)
 
-    def _open(self) -> _Response:
-        if self.limits.left() <= 0:
-            raise APITimeoutError(str(self.limits))
-        self.attempts += 1
-        request = urllib.request.Request(self.url, self.body, self.headers, method="POST")
-        # It follows no redirect, which would carry the token elsewhere. Made anew, it sees a new HTTP_PROXY.
-        opener = urllib.request.OpenerDirector()
-        opener.add_handler(urllib.request.ProxyHandler())
-        opener.add_handler(_KeepAliveHandler(request.type, request.host, self.limits, self.ssl_context))
-        try:
-            response: _Response = opener.open(request)
-        except ValueError:  # whose text may hold the proxy's password
-            raise ValueError("HTTP_PROXY or HTTPS_PROXY is not like http://host:port") from None
-        _logger.debug("POST %s: status %d after %.3f s", self.url, response.status, self.limits.elapsed())
-        return response
-
-    def _explain(self, error: FriendliError) -> None:
-        """Add the URL and the attempts; take out the token, which a server may echo."""
-        scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
-        secret = credentials or scheme
-        after = f" (after {self.attempts} attempts)" if self.attempts > 1 else ""
-        error.args = (_redact(f"POST {self.url}: {error}{after}", secret),)
-        error.attempts = self.attempts
-        vars(error).update(_redact(vars(error), secret))
-        error.__context__ = None  # it may hold what was received
+    def iter_chunks(self) -> _ChunkGenerator:
+        """Yield the chunks of the open response; before the first one, a failure is tried again."""
+        has_begun = False
+        while True:
+            try:
+                with contextlib.closing(self.response):
+                    self._check_open()
+                    for chunk in _read_chunks(self.response):
+                        has_begun = True
+                        yield chunk
+                self._log("done")
+                return
+            except FriendliError as error:
+                self._wait_or_raise(error, is_final=has_begun)
+            self.open()
 
     def abort(self) -> None:
-        """End another thread's wait for the answer, and let none follow."""
-        self.limits.total_timeout = -math.inf
-        with _idle_connections.lock, contextlib.suppress(OSError):
-            if not self.response.is_released:
-                # Not SSLSocket's own, after which it would send in clear text
-                socket.socket.shutdown(self.response.connection.sock, socket.SHUT_RDWR)
+        """Have the thread that reads raise an error, and let no attempt follow."""
+        self.was_aborted = True
+        if self.connection is not None:
+            self.connection.shut_down()
+
+    def _send(self) -> _Response:
+        """Send the request once, and return the response if its status is 200."""
+        self._check_open()
+        if self.timeouts.remaining() <= 0:
+            raise APITimeoutError(f"the request was not sent{self.timeouts.message()}")
+        self.attempts += 1
+        self.was_sent = False
+        response: _Response = _opener.open(_Request(self))
+        self._log(f"status {response.status}")
+        if response.status != 200:
+            raise _status_error(response, f"the server{response.connection.via}")
+        return response
+
+    def _check_open(self) -> None:
+        if self.was_aborted:
+            raise APIConnectionError(_ABORTED)
+
+    def _wait_or_raise(self, error: FriendliError, is_final: bool = False) -> None:
+        """Wait until it is time for the next attempt; raise the error if there is none."""
+        _without_frames(error)  # a frame that holds the error it raises is a reference cycle
+        if self.was_aborted:  # the connection broke because of that
+            error = APIConnectionError(_ABORTED)
+        attempts = f" (after {self.attempts} attempts)" if self.attempts > 1 else ""
+        error.args = (f"POST {self.url}: {error}{attempts}",)
+        error.attempts = self.attempts
+        delay = _retry_delay(error, self.retry, self.was_sent, self.retries, self.uniform)
+        if is_final or self.was_aborted or delay is None or delay >= self.timeouts.remaining():
+            self._log("failed")
+            raise error
+        self.retry += 1
+        most = self.retries.max_retries
+        _logger.info("%s; retry %d of %d in %.2f s", error, self.retry, most, delay)
+        self.sleep(delay)
+
+    def _log(self, event: str) -> None:
+        _logger.debug("POST %s: %s after %.3f s", self.url, event, self.timeouts.elapsed())
 
 
-def _redact(value: Any, secret: str) -> Any:
-    """Return a text, or each of a dict, without a secret, also where it was cut within that."""
-    if isinstance(value, dict):
-        return {name: _redact(item, secret) for name, item in value.items()}
-    if isinstance(value, str):
-        for end in range(len(secret), 3, -1):
-            value = value.replace(secret[:end] + "..." * (end < len(secret)), "***")
-    return value
+# Retry decisions
 
 
-# --- Retry decisions ---
-def _wait_before_retry(
-    error: FriendliError, retry: int, config: RetryConfig, uniform: Callable[[float, float], float]
+def _retry_delay(
+    error: FriendliError,
+    retry: int,
+    was_sent: bool,
+    config: RetryConfig,
+    uniform: Callable[[float, float], float],
 ) -> float | None:
     """Return the seconds to wait before retry 0, 1, ..., or None for no retry."""
-    if retry >= config.max_retries or not _is_retryable(error, config):
+    if retry >= config.max_retries or not _is_retryable(error, was_sent, config):
         return None
-    asked = _retry_after(error.headers, time.time()) if isinstance(error, APIStatusError) else None
-    if asked is not None:
-        return asked if asked <= config.max_retry_after else None
-    longest = config.max_delay
+    retry_after = _retry_after(getattr(error, "headers", {}), time.time())
+    if retry_after > config.max_retry_after:
+        return None
+    max_delay = config.max_delay if config.initial_delay else 0.0
     with contextlib.suppress(OverflowError):
-        longest = min(longest, config.initial_delay * config.multiplier**retry)
-    return uniform(0.0, longest)
+        max_delay = min(max_delay, config.initial_delay * config.multiplier**retry)
+    # The jitter is added, so that threads refused together do not come back together.
+    return min(retry_after + uniform(0.0, max_delay), _MAX_WAIT_SECONDS)
 
 
-def _is_retryable(error: FriendliError, config: RetryConfig) -> bool:
+def _is_retryable(error: FriendliError, was_sent: bool, config: RetryConfig) -> bool:
     if isinstance(error, APIStatusError):
-        return error.status_code in config.status_codes
-    if isinstance(error, APITimeoutError):
+        was_timeout = error.status_code in (504, 524)
+        return error.status_code in config.status_codes or (was_timeout and config.retry_timeouts)
+    if isinstance(error, APITimeoutError) and was_sent:
         return config.retry_timeouts
-    is_refused = isinstance(error.__cause__, ssl.SSLCertVerificationError)
-    return isinstance(error, APIConnectionError) and config.retry_connection_errors and not is_refused
+    if not isinstance(error, APIConnectionError) or _permanent_hint(error.__cause__):
+        return False
+    return config.retry_connection_errors
 
 
-def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), or None for nonsense."""
+def _retry_after(headers: Mapping[str, str], now: float) -> float:
+    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3); 0 for nonsense."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", value):
+        if re.fullmatch(r"[0-9]+(\.[0-9]*)?", value):
             return float(value) * unit
     try:
-        wait = email.utils.parsedate_to_datetime(value).timestamp() - now
-    except (IndexError, OverflowError, TypeError, ValueError):  # email.utils, of odd dates
-        return None
-    return wait if wait >= 0 else None
+        date = email.utils.parsedate_to_datetime(value)
+        return max(0.0, date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - now)
+    except Exception:  # email.utils raises many things for an odd date; 3.8 UnboundLocalError, too
+        return 0.0
 
 
-# --- The connection ---
+# The transport
+#
+# urllib's opener passes a request to our handler, which takes an idle connection from the pool or
+# opens a new one. Only a connection waits for a socket; a response reads from its connection. Both
+# belong to one call until the response is closed. If it was read to its end, its connection goes
+# back to the pool.
+#
+# Where the standard library falls short:
+# - http.client drops every header after a malformed line, so that a lost Transfer-Encoding turns
+#   framing into text. It takes a closed connection for the end of a body, and takes a chunk size
+#   below 0. It wraps what a signal handler raises. The response is therefore read here.
+# - ssl raises SSLEOFError where a plain socket raises BrokenPipeError (3.10 to 3.12).
+# - ssl leaves the socket open if a signal handler raises during the handshake in wrap_socket().
+# - OpenSSL is silent about a CA file that it cannot open.
+# - urllib's ProxyHandler matches NO_PROXY by text, splits a password at "/" and "@", and lets a
+#   variable named DEFAULT_PROXY reroute every request.
+# - A TimeoutError may be the socket's or a signal handler's; `_is_foreign()` tells them apart.
 
-# The last four are of int() and email.parser, to which http.client hands what it reads.
-_TRANSPORT_ERRORS = (OSError, http.client.HTTPException, ValueError, TypeError, OverflowError, RecursionError)
+
+_CREDENTIAL_NAME = re.compile("key|token|secret|auth|cookie|pass", re.IGNORECASE)
+_CREDENTIAL_END = re.compile(r"[\s;,=]+")  # a server may echo x alone of "Bearer x" or "a=x; b=y"
 
 
-@contextlib.contextmanager
-def _connection_errors(what: str, why_late: object, advice: str = "") -> Iterator[None]:
-    """Raise APIConnectionError for an error of the transport; an OSError is its cause."""
-    try:
-        yield
-    except _TRANSPORT_ERRORS as error:
-        if isinstance(error, (socket.timeout, TimeoutError)):
-            raise APITimeoutError(f"{what}: {why_late}{advice}") from None
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, ssl.SSLError):
-            reason = f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
-            advice = "; see server_url, and pass ssl_context, or name a file with the CA in SSL_CERT_FILE"
-        cause = error if isinstance(error, OSError) else None  # others may hold what was received
-        raise APIConnectionError(f"{what}: {_one_line(reason)}{advice}") from cause
+class _Secrets:
+    """The credentials that a call sends, to be taken out of what comes back."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        values = {
+            part.lower()
+            for name, value in headers.items()
+            if _CREDENTIAL_NAME.search(name)
+            for part in [value, *_CREDENTIAL_END.split(value)]
+            if len(part) >= _MIN_SECRET_CHARACTERS
+        }
+        self._values = sorted(values, key=len, reverse=True)  # one may begin another
+        self.has_token = "Authorization" in headers
+
+    def redact(self, text: str, is_cut: bool = False) -> str:
+        """Replace the credentials in a text, in any letter case; drop a part of one at a cut."""
+        text = text.replace("\u0130", "I")  # the one character whose lower case is two
+        lowered = text.lower()
+        for value in self._values:
+            while (start := lowered.find(value)) >= 0:  # re would not be linear in the text
+                text = f"{text[:start]}***{text[start + len(value) :]}"
+                lowered = f"{lowered[:start]}***{lowered[start + len(value) :]}"
+        for value in self._values if is_cut else ():
+            ends = (n for n in range(len(value), 0, -1) if lowered.endswith(value[:n]))
+            text = text[: len(text) - next(ends, 0)]
+        return text
+
+
+class _Request(urllib.request.Request):
+    """A request that carries its call to the transport."""
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__(call.url, method="POST")
+        self.call = call
+        self.proxy = _find_proxy(self.type, self.host)
+        proxy_headers = self.proxy.headers if self.proxy else {}
+        self.secrets = _Secrets({**call.headers, **proxy_headers})
+        self.headers = call.headers  # add_header() for each would take longer than to send them
+        self.add_unredirected_header("Host", self.host)
+        self.add_unredirected_header("Content-length", str(len(call.body)))
+        if self.type == "http":
+            self.unredirected_hdrs.update(proxy_headers)
+
+    def encode(self) -> bytes:
+        target = self.full_url if self.proxy and self.type == "http" else self.selector
+        return _encode_head(f"POST {target}", dict(self.header_items())) + self.call.body
+
+
+def _encode_head(request: str, headers: Mapping[str, str]) -> bytes:
+    """Return the head of a request; callers keep it in no variable, which would show the token."""
+    lines = [f"{request} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
 
 
 class _KeepAliveHandler(urllib.request.BaseHandler):
     """Sends a request over an idle connection if one is alive, else over a new one."""
 
-    def __init__(self, scheme: str, host: str, limits: _Limits, ssl_context: ssl.SSLContext | None) -> None:
-        self.scheme, self.host, self.limits, self.ssl_context = scheme, host, limits, ssl_context
-
-    def http_open(self, request: urllib.request.Request) -> _Response:
-        if request.type != self.scheme or not re.fullmatch("[!-~]+", request.host):
-            raise ValueError  # the proxy is to be spoken to by TLS, or has no name; _Call words it
-        proxy = request.host if request.host != self.host else None  # it has taken the host's place
-        is_https = self.scheme == "https"
-        credentials = request.headers.pop("Proxy-authorization", None) if is_https else None  # for a tunnel
-        route = (self.scheme, self.host, proxy, credentials, self.ssl_context)
-        start = self.limits.elapsed()
-        idle = _idle_connections.take(route)
+    def http_open(self, request: _Request) -> _Response:
+        call = request.call
+        route = (request.type, request.host, request.proxy, call.ssl_context)
+        idle = _pool.acquire(route)
         if idle is not None:
+            start = call.timeouts.elapsed()
             try:
-                return self._exchange(idle, request)
+                return idle.exchange(request)
             except APIConnectionError as error:
-                is_late = self.limits.elapsed() - start > _MAX_STALE_SECONDS
-                is_broken = isinstance(error.__cause__, (ConnectionError, ssl.SSLError))
-                if is_late or not is_broken or idle.received:
-                    raise  # else it was closed while the request was on its way, and not even seen
-        return self._exchange(_Connection(route, self.limits), request)
+                # A server may close an idle connection while the request is on its way. It has
+                # hardly read it then, so it is sent again, and this does not count as a retry.
+                is_late = call.timeouts.elapsed() - start > _MAX_STALE_SECONDS
+                if is_late or idle.has_received or isinstance(error, APITimeoutError):
+                    raise
+            call.attempts += 1
+            call.was_sent = False
+        return _Connection(route, request).exchange(request)
 
     https_open = http_open
 
-    def _exchange(self, connection: _Connection, request: urllib.request.Request) -> _Response:
-        body: Any = request.data
-        headers = {"Host": self.host, **request.headers, "Content-length": str(len(body))}
-        with _connection_errors(f"no answer{connection.via}", self.limits):
-            return connection.exchange(self.limits, f"POST {request.selector}", headers, body)
+
+_opener = urllib.request.OpenerDirector()  # it follows no redirect, and knows no file: or ftp:
+_opener.add_handler(_KeepAliveHandler())
 
 
-class _Connection(io.RawIOBase):
-    """A connection for many calls, one at a time, within their limits.
+@dataclass(frozen=True)
+class _Proxy:
+    address: str  # host:port
+    headers: dict[str, str] = field(repr=False)  # its Proxy-Authorization
+    source: str  # the variable that names it
 
-    For http.client's HTTPResponse it is the socket, and the raw file that makefile() buffers.
-    """
 
-    def __init__(self, route: _Route, limits: _Limits) -> None:
-        """Connect: TCP, then the proxy's tunnel, then TLS."""
-        self.route = route
-        scheme, host, proxy, credentials, context = route
-        server, next_hop = urlsplit(f"//{host}"), urlsplit(f"//{proxy or host}")
-        port = next_hop.port or (80 if proxy or scheme == "http" else 443)
-        seconds = min(_MAX_CONNECT_SECONDS, limits.timeout, limits.left())
-        limits = _Limits(None, seconds)
-        self.via = f" through the proxy {proxy}" if proxy else ""
-        self.peer = f"the server, or the proxy {proxy}," if proxy and scheme == "http" else "the server"
-        advice = "; see HTTP_PROXY and HTTPS_PROXY" if proxy else "; is it up? see server_url"
-        with _connection_errors(f"cannot connect{self.via}", f"it took over {seconds:.3g} s", advice):
-            self.sock = _open_socket(str(next_hop.hostname), port, limits)
-            try:
-                if scheme == "https":
-                    if proxy:
-                        self._open_tunnel(host if server.port else f"{host}:443", credentials, limits)
-                    context = context or _default_ssl_context()
-                    self.sock.settimeout(limits.next_wait())
-                    self.sock = context.wrap_socket(self.sock, server_hostname=server.hostname)
-            except BaseException:
-                self.sock.close()
-                raise
+_PROXY_URL = re.compile(
+    rf"(?:http://)?(?:([^:@/\s]*)(?::([^@/\s]*))?@)?({_HOST}(?::{_PORT})?)/?", re.I | re.A
+)
 
-    def _open_tunnel(self, target: str, credentials: str | None, limits: _Limits) -> None:
-        """Have the proxy connect to the target (RFC 9110, 9.3.6), or raise its refusal."""
-        headers = {"Host": target, **({"Proxy-Authorization": credentials} if credentials else {})}
-        response = self.exchange(limits, f"CONNECT {target}", headers)
-        response.will_close = response.is_released = True  # what comes of the connection is decided here
-        if response.status != 200:
-            raise _status_error(response, f"the proxy {self.route[2]}", "; see HTTPS_PROXY")
 
-    def exchange(self, limits: _Limits, start: str, headers: dict[str, str], body: bytes = b"") -> _Response:
-        """Send a request, and return the answer when its head is in."""
-        self.limits = limits
-        self.received = 0  # bytes since the request, or since the last piece of a body
-        self.may_end = False  # a closed connection is the end of the answer
-        lines = [f"{start} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+def _find_proxy(scheme: str, host: str) -> _Proxy | None:
+    """Return the proxy for a server, from the environment or else from the system's settings."""
+    for name in (f"{scheme}_proxy", "all_proxy"):
+        variable = name if os.environ.get(name) is not None else name.upper()  # even if it is empty
+        # The client of a CGI script sets HTTP_PROXY by a header "Proxy:" ("httpoxy").
+        is_httpoxy = variable == "HTTP_PROXY" and "REQUEST_METHOD" in os.environ
+        if os.environ.get(variable) and not is_httpoxy:
+            # The value may hold a password, and is kept in no variable while an error is raised.
+            match = _PROXY_URL.fullmatch(os.environ.get(variable, ""))
+            return None if _is_excluded(scheme, host) else _parse_proxy(match, variable)
+    return _system_proxy(scheme, host)
+
+
+def _parse_proxy(match: re.Match[str] | None, source: str) -> _Proxy:
+    if match is None:
+        raise ValueError(
+            f"{source} must be like http://host:port or http://user:password@host:port,"
+            " where a password has %40 for @ and %2F for /"
+        )
+    user, password, address = match.groups()
+    credentials = f"{unquote(user or '')}:{unquote(password or '')}".encode()
+    basic = {"Proxy-authorization": f"Basic {base64.b64encode(credentials).decode()}"}
+    return _Proxy(address, {} if user is None else basic, source)
+
+
+@functools.lru_cache(maxsize=64)  # it takes milliseconds, and is asked once
+def _system_proxy(scheme: str, host: str) -> _Proxy | None:
+    """Return the proxy that the settings of macOS or Windows name."""
+    on_windows: Any = getattr(urllib.request, "getproxies_registry", dict)
+    settings = getattr(urllib.request, "getproxies_macosx_sysconf", on_windows)
+    if scheme not in settings() or urllib.request.proxy_bypass(host):
+        return None
+    match = _PROXY_URL.fullmatch(settings()[scheme])
+    return _parse_proxy(match, "the system's proxy settings")
+
+
+def _is_excluded(scheme: str, host: str) -> bool:
+    """Tell whether NO_PROXY names a server: by its name or domain, its address, a range, or `*`."""
+    server = urlsplit(f"//{host}")
+    name, server_port = str(server.hostname).rstrip("."), server.port or _DEFAULT_PORTS[scheme]
+    entries = os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")).lower()
+    return any(
+        port in ("", str(server_port)) and _matches_host(bracketed or plain or other, name)
+        for bracketed, plain, port, other in _NO_PROXY_ENTRY.findall(entries)
+    )
+
+
+# [address] or host, with a port or without; or else an IPv6 address or a range
+_NO_PROXY_ENTRY = re.compile(r"(?:\[([^\]\s,]+)\]|([^:\s,]+))(?::(\d+))?(?![^\s,])|([^\s,]+)")
+
+
+def _matches_host(pattern: str, host: str) -> bool:
+    import ipaddress  # needed only where there are a proxy and NO_PROXY
+
+    try:
+        return pattern == "*" or ipaddress.ip_address(host) in ipaddress.ip_network(pattern, False)
+    except ValueError:  # one of the two is a name; an address is in no domain
+        is_address = host.rpartition(".")[2].isdigit()
+        return not is_address and f".{host}".endswith(f".{pattern.lstrip('*').strip('.')}")
+
+
+class _Connection:
+    """One TCP or TLS connection, perhaps through a tunnel; nothing else waits for a socket."""
+
+    idle_since: tuple[float, ...] = ()  # one time for each clock of the pool
+    has_received = False  # a byte of the current response
+    _sock: Any = None
+
+    def __init__(self, route: _Route, request: _Request) -> None:
+        self.route = scheme, host, proxy, context = route
+        self.timeouts: _Timeouts = _ConnectTimeouts(request.call.timeouts)
+        self.secrets = request.secrets
+        self.via = f" through the proxy {proxy.address}" if proxy else ""
+        self._owner = os.getpid()
+        self._claims = {"": True}
+        request.call.connection = self
         try:
-            with contextlib.suppress(ConnectionError):  # there may be an answer: 413 before all was read
-                self._send("\r\n".join(lines).encode("latin-1") + body)
-            response = _Response(self)
-            response.begin()
-            limits.next_wait()  # the call may have been closed while it waited
-            return response
+            if scheme == "https" and context is None:
+                context = _default_ssl_context(*map(os.environ.get, _CA_VARIABLES))
+            hop, hop_scheme = (proxy.address, "http") if proxy else (host, scheme)
+            self._connect(hop, _DEFAULT_PORTS[hop_scheme])
+            if scheme == "https" and proxy:
+                self._open_tunnel(host, proxy)
+            if scheme == "https" and context:
+                self._start_tls(host, context)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError):
+                raise
+            if _permanent_hint(error):
+                _default_ssl_context.cache_clear()  # the CAs may not have been there to be read
+            raise self._failure("cannot connect", error, _connect_hint(error, route))
+
+    def _connect(self, hop: str, default_port: int) -> None:
+        """Connect to the first address that accepts; each gets a share of the time that is left."""
+        next_hop = urlsplit(f"//{hop}")
+        port = next_hop.port or default_port
+        addresses = [*socket.getaddrinfo(str(next_hop.hostname), port, type=socket.SOCK_STREAM)]
+        while addresses:
+            family, kind, protocol, _, address = addresses.pop(0)
+            try:
+                self._sock = socket.socket(family, kind, protocol)
+                seconds = self.timeouts.for_socket()
+                share = min(seconds / (len(addresses) + 1), _MAX_ADDRESS_SECONDS)
+                self._sock.settimeout(share if addresses else seconds)
+                self._sock.connect(address)
+                return _set_socket_options(self._sock)
+            except OSError as error:
+                self.close()
+                if not addresses or self._is_foreign(error):
+                    raise
+        raise OSError("the name has no address")
+
+    def _start_tls(self, host: str, context: ssl.SSLContext) -> None:
+        # A trailing dot is for DNS, and not part of a name in TLS (RFC 6066, 3).
+        name = str(urlsplit(f"//{host}").hostname).rstrip(".")
+        self._sock.settimeout(self.timeouts.for_socket())
+        self._sock = context.wrap_socket(
+            self._sock, server_hostname=name, do_handshake_on_connect=False
+        )
+        self._sock.do_handshake()
+
+    def _open_tunnel(self, host: str, proxy: _Proxy) -> None:
+        """Have the proxy connect to the server (RFC 9110, 9.3.6), or raise its refusal."""
+        target = host if urlsplit(f"//{host}").port else f"{host}:443"
+        response = self._exchange(
+            memoryview(_encode_head(f"CONNECT {target}", {"Host": target, **proxy.headers})),
+            is_tunnel=True,
+        )
+        if not 200 <= response.status < 300:
+            raise _status_error(response, f"the proxy {proxy.address}", f"; check {proxy.source}")
+
+    def exchange(self, request: _Request) -> _Response:
+        """Send a request, and return the response when its head has arrived."""
+        self.timeouts = request.call.timeouts
+        self.secrets = request.secrets
+        self._claims = {"": True}
+        request.call.connection = self
+        request.call.was_sent = True
+        return self._exchange(memoryview(request.encode()))  # its repr() shows no token
+
+    def _exchange(self, message: memoryview, is_tunnel: bool = False) -> _Response:
+        self.has_received = False
+        try:
+            self._send(message)
+            return _Response(self, is_tunnel)
         except BaseException:
-            self.sock.close()
+            self.close()
             raise
 
-    def _timed(self) -> socket.socket:
-        """Return the socket, which waits no longer than the limits allow now."""
-        seconds = self.limits.next_wait()
-        if seconds != self.sock.gettimeout():  # setting it costs a system call
-            self.sock.settimeout(seconds)
-        return self.sock
-
-    def _send(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:  # each piece that the server takes is a sign of life
-            left = left[self._timed().send(left[:_PIECE_BYTES]) :]
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self, _PIECE_BYTES)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._timed().recv_into(buffer)
-        if not count and not self.may_end:  # http.client would take it for the end of the head, or the body
-            raise http.client.RemoteDisconnected("the server closed the connection")
-        self.received += count
-        if self.received > _MAX_FRAMING_BYTES:
-            raise http.client.HTTPException(f"over {_MAX_FRAMING_BYTES} bytes of headers or trailers")
-        return count
-
-    def close(self) -> None:
-        """Do nothing: http.client closes its file after each answer; the socket lives on."""
-
-
-def _open_socket(host: str, port: int, limits: _Limits) -> socket.socket:
-    """Connect to the first address that accepts, within the limits for all of them."""
-    failure = OSError("the name has no address")
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    def _send(self, message: memoryview) -> None:
         try:
-            sock = socket.create_connection((str(address[0]), port), limits.next_wait())
+            # A server may respond early, and close: with 413, say. That response is read.
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                while message:  # each part that is accepted restarts the timeout
+                    message = message[self._ready_socket().send(message[:_SEND_SIZE]) :]
         except OSError as error:
-            failure = error
-            continue
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # Linux, macOS, both
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _KEEP_ALIVE_SECONDS)
-        return sock
-    raise failure
+            raise self._failure("the request could not be sent", error, verb="accepted")
 
+    def receive(self, may_end: bool = False) -> bytes:
+        """Return the bytes that arrive next; b"" only where the connection may end."""
+        try:
+            data: bytes = self._ready_socket().recv(_RECEIVE_SIZE)
+            if not data and not may_end:
+                raise ConnectionResetError("the server closed the connection")
+        except OSError as error:
+            what = "the response was cut short" if self.has_received else "no response"
+            raise self._failure(what, error)
+        self.has_received = True
+        return data
 
-class _Response(http.client.HTTPResponse):
-    """An answer whose body is to be read; its close() closes the connection, unless that was released."""
+    def _ready_socket(self) -> Any:
+        """Return the socket, which waits no longer than the timeouts allow now."""
+        self._sock.settimeout(self.timeouts.for_socket())
+        return self._sock
 
-    idle_since: float
-    is_released = False
+    def _failure(
+        self, what: str, error: OSError, hint: str = "", verb: str = "received"
+    ) -> BaseException:
+        """Return the error to raise for a socket's; a signal handler's is returned as it is."""
+        if self._is_foreign(error):
+            return error
+        if isinstance(error, (socket.timeout, TimeoutError)) and error.errno is None:
+            return APITimeoutError(f"{what}{self.via}{self.timeouts.message(verb)}{hint}")
+        failure = APIConnectionError(f"{what}{self.via}: {_reason(error)}{hint}")
+        failure.__cause__ = error
+        return failure
 
-    def __init__(self, connection: Any) -> None:
-        super().__init__(connection)
-        self.connection: _Connection = connection
+    def _is_foreign(self, error: OSError) -> bool:
+        """Tell whether a signal handler raised it: no limit was spent, and the text is no socket's.
 
-    def begin(self) -> None:
-        """Read the head, behind all interim answers: http.client skips 100, but not 103."""
-        super().begin()
-        while self.status // 100 == 1 and self.status != 101:
-            vars(self)["headers"] = None  # or begin() would not begin again
-            super().begin()
+        ETIMEDOUT, which has an errno, is the network's.
+        """
+        is_ours = str(error).endswith("timed out") or self.timeouts.remaining() <= 0
+        return isinstance(error, TimeoutError) and error.errno is None and not is_ours
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the body as they arrive; raise APIConnectionError unless it is whole."""
-        self.connection.may_end = self.length is None and not self.chunked
-        with _connection_errors("the answer broke off", self.connection.limits):
-            while True:
-                piece = self.read1(_PIECE_BYTES)
-                if self.chunked and (self.chunk_left or 0) < 0:  # which http.client takes
-                    raise ValueError("a chunk has a size below 0")
-                if not piece:
-                    return
-                self.connection.received = 0
-                yield piece
-
-    def release(self) -> None:
-        """Leave the connection to other calls, after the end of the body or its [DONE]."""
-        if not self.will_close and self.status != 101:  # after which another protocol is spoken
-            _idle_connections.put(self)
-
-    def close(self) -> None:
-        if not self.is_released:  # or it may be in the hands of another thread
-            super().close()
-            self.connection.sock.close()
-
-    def leaves_alive(self, limits: _Limits) -> bool:
-        """Take in what is left of the answer; tell whether the connection is alive, or close it."""
-        self.connection.limits = limits
-        with contextlib.suppress(APIConnectionError, OSError):
-            for _ in self.pieces():
-                pass
-            self.connection.sock.settimeout(0)
-            try:
-                self.connection.sock.recv(1)  # nothing from a closed one, or what nobody has asked for
-            except (BlockingIOError, ssl.SSLWantReadError):  # quiet, perhaps after session tickets of TLS
-                return True
-        self.connection.sock.close()
+    def is_alive(self) -> bool:
+        """Tell whether an idle connection is open and quiet; data on it could be no response."""
+        try:
+            self._sock.settimeout(0)
+            self._sock.recv(1)
+        except OSError as error:  # "would block": no data, or only session tickets of TLS
+            return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return False
 
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
 
-class _IdleConnections:
-    """The last answers of the connections that serve no call, the longest idle first."""
+    def claim(self) -> bool:
+        """Tell whether the caller may decide what becomes of the connection; pop() is atomic."""
+        return self._claims.pop("", False)
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.lock = threading.RLock()
-        self._idle: list[_Response] = []
-
-    def put(self, response: _Response) -> None:
-        response.idle_since = self.clock()
-        with self.lock:
-            response.is_released = True
-            self._idle.append(response)
-            self.close(_MAX_IDLE_CONNECTIONS, _MAX_IDLE_SECONDS)
-
-    def take(self, route: _Route) -> _Connection | None:
-        """Return the connection of this route that was used last, if any is alive."""
-        limits = _Limits(None, _MAX_DRAIN_SECONDS)
-        while True:
-            with self.lock:
-                self.close(_MAX_IDLE_CONNECTIONS, _MAX_IDLE_SECONDS)
-                found = next((idle for idle in reversed(self._idle) if idle.connection.route == route), None)
-                if found is None:
-                    return None
-                self._idle.remove(found)
-            if found.leaves_alive(limits):
-                return found.connection
-
-    def close(self, most: int = 0, longest: float = 0.0) -> None:
-        """Close those that are too many, or idle for too many seconds."""
-        oldest = self.clock() - longest
-        with self.lock:
-            while self._idle[most:] or (self._idle and self._idle[0].idle_since < oldest):
-                self._idle.pop(0).connection.sock.close()
-
-    def forget_after_fork(self) -> None:
-        """In a child after a fork, drop the parent's lock and connections, which stay open there."""
-        self.lock = threading.RLock()
-        self.close()
+    def shut_down(self) -> None:
+        """Wake up the thread that waits for the socket; that thread closes it."""
+        # SSLSocket.shutdown() drops TLS, and later data would go in clear text. In a forked child
+        # it would end the parent's stream.
+        if self.claim() and self._owner == os.getpid() and self._sock is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
-_idle_connections = _IdleConnections()
-atexit.register(_idle_connections.close)
-if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
-    os.register_at_fork(after_in_child=_idle_connections.forget_after_fork)
-
-
-def _default_ssl_context() -> ssl.SSLContext:
-    with _idle_connections.lock:
-        return _build_ssl_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+def _set_socket_options(sock: socket.socket) -> None:
+    """Send at once, notice a slow line, and survive the idle limit of NATs."""
+    options = [
+        ("IPPROTO_TCP", "TCP_NODELAY", 1),
+        ("IPPROTO_TCP", "TCP_NOTSENT_LOWAT", _SEND_SIZE),  # a large buffer would hide a stall
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+        ("IPPROTO_TCP", "TCP_KEEPIDLE", _TCP_KEEPALIVE_SECONDS),  # Linux
+        ("IPPROTO_TCP", "TCP_KEEPALIVE", _TCP_KEEPALIVE_SECONDS),  # macOS
+        ("IPPROTO_TCP", "TCP_KEEPINTVL", _TCP_KEEPALIVE_SECONDS),
+    ]
+    for level, name, value in options:
+        with contextlib.suppress(OSError, AttributeError):  # a platform may lack it
+            sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
 
 
 @functools.lru_cache(maxsize=1)
-def _build_ssl_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLContext:
-    """Read the system's CAs, which takes 20 ms; OpenSSL looks at the two variables by itself."""
+def _default_ssl_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLContext:
+    """Return a context with the system's CAs; cached, since reading them takes 20 ms."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
-# --- Reading the answer ---
+# RFC 9112: 4, 5 and 7.1
+_STATUS_LINE = re.compile(rb"HTTP/1\.(\d) ([1-9]\d\d)(?: ([^\0\r]*))?")
+_FIELD_LINE = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\0\r]*)")
+_CHUNK_HEADER = re.compile(rb"\r?\n([\da-fA-F]{1,99})[ \t]*(?:;[^\0\r\n]*)?\r?\n")
 
-_LATE_FAILURE = "the server failed after it had answered 200"
-_ADVICE = {401: "token", 403: "token", 404: "model and server_url", 407: "HTTP_PROXY", 429: "retries"}
+
+class _Response:
+    """One response, read after RFC 9112 (sections in parentheses): its head, then its body."""
+
+    def __init__(self, connection: _Connection, is_tunnel: bool = False) -> None:
+        self.connection = connection
+        self.secrets = connection.secrets  # the connection's next call has others
+        self.is_complete = False
+        self._is_closed = False
+        self._buffer = b""  # received bytes; those before _position are consumed
+        self._position = 0
+        self._max_bytes = _MAX_HEAD_BYTES  # of the lines to come
+        self._read_head()
+        while self.status < 200 and self.status != 101:  # an interim response (RFC 9110, 15.2)
+            self._read_head()
+        self._frame_body(is_tunnel)
+
+    def _read_head(self) -> None:
+        """Read a status line (4) and the header fields."""
+        protocol = b"HTTP/1."
+        while not self._unread().startswith(protocol):
+            if not protocol.startswith(self._unread()):  # refuse at once: a line end may never come
+                raise self._malformed("something other than HTTP/1.x", self._unread())
+            self._receive()
+        match = self._match(_STATUS_LINE, self._read_line(), "a malformed status line")
+        self._version, self.status = match[1], int(match[2])
+        self.reason = (match[3] or b"").decode("latin-1")
+        self.headers = self._read_fields()
+
+    def _read_fields(self) -> dict[str, str]:
+        """Read the header fields of a head, or the trailers, up to the blank line (5)."""
+        fields: dict[str, str] = {}
+        name = ""
+        for _ in range(_MAX_HEADERS + 1):
+            line = self._read_line()
+            if not line:
+                return fields
+            if name and line[:1] in (b" ", b"\t"):  # a folded line (5.2)
+                fields[name] += " " + line.strip().decode("latin-1")
+                continue
+            match = self._match(_FIELD_LINE, line, "a malformed header")
+            name = match[1].decode().lower()
+            value = match[2].strip(b" \t").decode("latin-1")
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value  # RFC 9110, 5.3
+        raise self._malformed(f"over {_MAX_HEADERS} headers", line)
+
+    def _read_line(self) -> bytes:
+        """Return the next line without its end, which is CRLF or a bare LF (2.2)."""
+        while b"\n" not in self._unread() and len(self._unread()) <= self._max_bytes:
+            self._receive()
+        end = self._buffer.find(b"\n", self._position)
+        line = self._buffer[self._position : end if end >= 0 else None]
+        self._max_bytes -= len(line) + 1
+        if self._max_bytes < 0:
+            raise self._malformed(f"over {_MAX_HEAD_BYTES} bytes of headers", line)
+        self._position = end + 1
+        return line[:-1] if line.endswith(b"\r") else line
+
+    def _receive(self, may_end: bool = False) -> None:
+        """Append the bytes that arrive next to those that were not read."""
+        self._buffer = self._unread() + self.connection.receive(may_end)
+        self._position = 0
+
+    def _unread(self) -> bytes:
+        return self._buffer[self._position :]
+
+    def _frame_body(self, is_tunnel: bool) -> None:
+        """Find out where the body ends (6.3), and whether the connection persists (9.3)."""
+        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        options = [name.strip() for name in self.headers.get("connection", "").lower().split(",")]
+        self._is_chunked = self._is_close_delimited = False
+        self._remaining = 0  # bytes of the body, or of the current chunk
+        if self.status in (101, 204, 304) or (is_tunnel and self.status < 300):
+            pass  # there is none
+        elif coding is not None:
+            self._match(rb"(?i)chunked", coding.encode(), "an unknown transfer-encoding")
+            self._is_chunked = True
+            self._buffer, self._position = b"\r\n" + self._unread(), 0  # as after a chunk
+        elif length is not None:
+            same = rb"(\d{1,99})(?:[ \t]*,[ \t]*\1)*"  # "60, 60" is 60
+            self._remaining = int(self._match(same, length.encode(), "an invalid length")[1])
+        else:
+            self._is_close_delimited = True
+            self._remaining = sys.maxsize
+        self._is_persistent = (
+            "close" not in options
+            and (self._version != b"0" or "keep-alive" in options)
+            and not (is_tunnel or self.status == 101 or self._is_close_delimited)
+            and not (coding and length)
+        )
+
+    def read(self) -> bytes:
+        """Return the bytes of the body that arrive next, b"" at its end."""
+        if self._is_chunked and not self._remaining and not self.is_complete:
+            self._remaining = self._read_chunk_header()
+        if self._remaining and self._position == len(self._buffer):
+            self._receive(may_end=self._is_close_delimited)
+        data = self._buffer[self._position : self._position + self._remaining]
+        self._position += len(data)
+        self._remaining -= len(data)
+        self.is_complete = not data
+        return data
+
+    def _read_chunk_header(self) -> int:
+        """Read the line end after a chunk and the size of the next (7.1), or the trailers."""
+        while not (match := _CHUNK_HEADER.match(self._buffer, self._position)):
+            if len(self._unread()) > _MAX_HEAD_BYTES or b"\n" in self._unread()[2:]:
+                raise self._malformed("a malformed chunk", self._unread().lstrip())
+            self._receive()
+        self._position = match.end()
+        size = int(match[1], 16)
+        if size == 0:
+            self._max_bytes = _MAX_HEAD_BYTES
+            self._read_fields()
+        return size
+
+    def _match(
+        self, pattern: bytes | re.Pattern[bytes], line: bytes, what: str
+    ) -> re.Match[bytes]:
+        match = re.fullmatch(pattern, line)
+        if match is None:
+            raise self._malformed(what, line)
+        return match
+
+    def _malformed(self, what: str, line: bytes) -> APIResponseError:
+        quoted = self.secrets.redact(line.partition(b"\n")[0].decode("latin-1"), is_cut=True)
+        text = f"the server{self.connection.via} sent {what}: {_one_line(repr(quoted))}"
+        return APIResponseError(text, quoted[:_MAX_ERROR_BODY_BYTES])
+
+    def drain(self) -> None:
+        """Receive the rest at once, so that the connection can be kept; give up after 10 ms."""
+        self.connection.timeouts = _Timeouts(_MAX_DRAIN_SECONDS, _MAX_DRAIN_SECONDS)
+        with contextlib.suppress(FriendliError):
+            while self.read():
+                pass
+
+    def close(self) -> None:
+        """Leave the connection to the pool if it is idle now; else close it."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        is_idle = self.is_complete and self._is_persistent and not self._unread()
+        if self.connection.claim() and is_idle:
+            _pool.release(self.connection)
+        else:
+            self.connection.close()
 
 
-def _status_error(response: _Response, who: str, advice: str = "") -> APIStatusError:
-    status = response.status
-    headers = {name.lower(): value for name, value in response.headers.items()}
-    page = _read_page(response)[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
-    message = _server_message(page)
-    text = f"{who} answered {status} {_one_line(response.reason)}"
-    if "location" in headers:
-        text += f", a redirect to {_one_line(headers['location'])} that is not followed; see server_url"
-    if message:
-        text += f": {message}"
+class _ConnectionPool:
+    """Idle connections. It needs no lock: whoever removes a connection owns it."""
+
+    def __init__(self, *clocks: Callable[[], float]) -> None:
+        self._clocks = clocks  # one may stop while a machine sleeps or a Lambda is frozen
+        self._idle: dict[_Connection, bool] = {}  # a set, in the order of use
+
+    def acquire(self, route: _Route) -> _Connection | None:
+        """Return the connection of this route that was used last, if one is alive."""
+        for connection in reversed(list(self._idle)):
+            if connection.route == route and self._idle.pop(connection, False):
+                if not self._has_expired(connection) and connection.is_alive():
+                    return connection
+                connection.close()
+        return None
+
+    def release(self, connection: _Connection) -> None:
+        """Keep a connection for later calls, and close those that are too many or too old."""
+        connection.idle_since = tuple(clock() for clock in self._clocks)
+        self._idle[connection] = True
+        surplus = len(self._idle) - _MAX_IDLE_CONNECTIONS
+        for position, idle in enumerate(list(self._idle)):
+            if (position < surplus or self._has_expired(idle)) and self._idle.pop(idle, False):
+                idle.close()
+
+    def close(self) -> None:
+        """Close all; after a fork, those of the parent stay open there."""
+        for connection in list(self._idle):
+            if self._idle.pop(connection, False):
+                connection.close()
+
+    def _has_expired(self, connection: _Connection) -> bool:
+        seconds = (clock() - since for clock, since in zip(self._clocks, connection.idle_since))
+        return max(seconds) > _KEEPALIVE_EXPIRY_SECONDS
+
+
+_pool = _ConnectionPool(time.monotonic, time.time)
+atexit.register(_pool.close)  # else Python warns of unclosed sockets at exit
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
+    os.register_at_fork(after_in_child=_pool.close)
+
+
+# Error texts
+
+
+def _status_error(response: _Response, who: str, hint: str = "") -> APIStatusError:
+    """Return the error for a response of another status than 200, whose body is read for it."""
+    redact = response.secrets.redact
+    headers = {redact(name): redact(value) for name, value in response.headers.items()}
+    body = _excerpt(response, _read_page(response), is_page=True)
+    message = _one_line(redact(_error_message(body)))  # again: unescaping may have restored one
+    status = f"{who} responded with {response.status} {_one_line(redact(response.reason))}".rstrip()
+    text = f"{status}: {message}" if message else status
     if "retry-after" in headers:
         text += f" (Retry-After: {_one_line(headers['retry-after'])})"
-    if status in _ADVICE:
-        advice = advice or f"; see {_ADVICE[status]}"
-    return APIStatusError(text + advice, status_code=status, headers=headers, body=page, message=message)
+    text += hint or _status_hint(response.status, headers, response.secrets.has_token)
+    return APIStatusError(text, response.status, headers, body, message)
 
 
-def _read_page(response: _Response) -> bytes:
-    """Return the start of a body that is no completion, even if it breaks off."""
-    page = b""
-    with contextlib.suppress(APIConnectionError):
-        pieces = response.pieces()
-        while len(page) < _MAX_PAGE_BYTES and (piece := next(pieces, b"")):
-            page += piece
-        response.release()  # what is left of a longer one is taken in, or given up, before the next call
+_STATUS_HINTS = {
+    401: "; check the token argument or $FRIENDLI_TOKEN",
+    403: "; check the token argument or $FRIENDLI_TOKEN",
+    404: "; check model and server_url",
+    407: "; check the user and password of the proxy",
+    429: "; send fewer requests at a time, or pass a larger retries=",
+}
+
+
+def _status_hint(status: int, headers: Mapping[str, str], has_token: bool) -> str:
+    if status in (401, 403) and not has_token:
+        return "; no token was sent; set FRIENDLI_TOKEN or pass token="
+    if 300 <= status < 400 and "location" in headers:
+        target = _one_line(headers["location"])
+        return f"; redirects are not followed: check server_url, the redirect leads to {target}"
+    return _STATUS_HINTS.get(status, "")
+
+
+def _response_error(
+    response: _Response, what: str, data: bytes | bytearray, is_page: bool = False
+) -> APIResponseError:
+    """Return the error for a status of 200 with something else than was asked for."""
+    body = _excerpt(response, data, is_page)
+    text = f"{what}: {_error_message(body) or body or '(empty)'}"
+    return APIResponseError(_one_line(response.secrets.redact(text)), body)
+
+
+def _read_page(response: _Response) -> bytearray:
+    """Return the start of a body, or what came before it broke."""
+    page = bytearray()
+    with contextlib.closing(response):
+        with contextlib.suppress(FriendliError):
+            while len(page) <= _MAX_ERROR_BODY_BYTES and (data := response.read()):
+                page += data
+        response.drain()
     return page
 
 
-def _server_message(page: str) -> str:
-    """Return the server's own words, out of JSON of any form, HTML or plain text, on one line."""
+def _excerpt(response: _Response, body: bytes | bytearray, is_page: bool) -> str:
+    """Return the first 64 KiB of a body as text, without credentials or parts of them."""
+    is_cut = len(body) > _MAX_ERROR_BODY_BYTES
+    if is_page and _compression(response):  # which nobody asked for, and nobody could read
+        size = f"over {_MAX_ERROR_BODY_BYTES}" if is_cut else len(body)
+        return f"a body in {_compression(response)} of {size} bytes"
+    start = body[:_MAX_ERROR_BODY_BYTES]
+    text = _decode_page(start, response.headers) if is_page else start.decode("utf-8", "replace")
+    return response.secrets.redact(text, is_cut)
+
+
+def _compression(response: _Response) -> str:
+    codings = re.findall(r"\w+", response.headers.get("content-encoding", "").lower())
+    return ", ".join(name for name in codings if name in _COMPRESSIONS)
+
+
+_COMPRESSIONS = ("br", "compress", "deflate", "gzip", "zstd")
+
+
+def _decode_page(page: bytes | bytearray, headers: Mapping[str, str]) -> str:
+    """Decode a page by its BOM or null bytes, or else by the charset of its Content-Type."""
+    charset: str = json.detect_encoding(page)
+    match = re.search(r"(?i)charset\s*=\s*[\"']?([\w.:-]+)", headers.get("content-type", ""))
+    if match and charset == "utf-8":  # which stands for neither
+        charset = match[1]
     try:
-        return _one_line(_words(json.loads(page)))
+        return page.decode(charset, "replace")
+    except Exception:  # an unknown charset, or a codec that raises something else
+        return page.decode("utf-8", "replace")
+
+
+# Keys, in lower case, of messages; and of codes, which are shown if there is no message
+_MESSAGE_KEYS = (
+    *("title", "error", "errors", "fault", "detail", "details", "message", "msg", "reason"),
+    *("description", "errormessage", "error_message", "error_description", "faultstring"),
+)
+_CODE_KEYS = ["error", "errors", "fault", "code", "type"]
+_MARKUP = re.compile(
+    r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!?][^<>]*>|&#\w{9,};?"
+)
+
+
+def _error_message(body: str) -> str:
+    """Return what a server says is wrong, found in JSON of any shape, HTML or plain text."""
+    try:
+        payload = json.loads(body)
+        message = _find_message(payload, _MESSAGE_KEYS) or _find_message(payload, _CODE_KEYS)
+        return message or (body if payload else "")
     except (ValueError, RecursionError):
-        return _one_line(re.sub(r"<[^<>]*>", " ", page))
+        import html  # needed only here
+
+        return html.unescape(_MARKUP.sub(" ", body))
 
 
-def _words(payload: Any) -> str:
-    """Return the text in an error's payload: seen are error, detail, message and msg, nested."""
+def _find_message(payload: Any, keys: Sequence[str]) -> str:
+    """Return the texts in an error's payload that stand under these keys, nested or not."""
     if isinstance(payload, list):
-        return "; ".join(filter(None, map(_words, payload)))
+        return "; ".join(filter(None, (_find_message(item, keys) for item in payload)))
     if not isinstance(payload, dict):
-        return "" if payload is None else str(payload)
-    words = next(filter(None, (_words(payload.get(k)) for k in ("error", "detail", "message", "msg"))), "")
-    location = payload.get("loc")
-    return f"{'.'.join(map(str, location))}: {words}" if isinstance(location, list) else words
+        return "" if payload is None or isinstance(payload, bool) else str(payload).strip()
+    fields = {name.lower(): value for name, value in payload.items()}
+    found = dict.fromkeys(_find_message(fields.get(key), keys) for key in keys)  # each text once
+    message = ": ".join(filter(None, found))
+    location = fields.get("loc")
+    if message and isinstance(location, list):
+        return f"{'.'.join(map(str, location))}: {message}"
+    return message
 
 
 def _one_line(text: str) -> str:
@@ -970,57 +1627,96 @@ def _one_line(text: str) -> str:
     return line if len(line) <= _MAX_QUOTED_CHARACTERS else line[:_MAX_QUOTED_CHARACTERS] + "..."
 
 
-def _expect(media_type: str, response: _Response) -> None:
-    """Refuse an answer that says that it is something else, as a login page does."""
-    found = response.headers.get("Content-Type", media_type).partition(";")[0].strip().lower()
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding != "identity":
-        found += f" in {encoding}"
-    if found != media_type:
-        what = f"the answer is {found}, not {media_type}; see server_url"
-        raise _response_error(what, _read_page(response))
+def _reason(error: OSError) -> str:
+    """Return what the operating system or OpenSSL says."""
+    text = re.sub(r"\A\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return _one_line(f"TLS failed: {text}" if isinstance(error, ssl.SSLError) else text)
 
 
-def _response_error(what: str, body: bytes | bytearray) -> APIResponseError:
-    page = body[:_MAX_PAGE_BYTES].decode("utf-8", "replace")
-    return APIResponseError(_one_line(f"{what}: {_server_message(page) or page}"), body=page)
+# Errors that no retry can fix: a pattern for the text, and a hint
+_LOCAL_ERRNOS = "|".join(
+    str(getattr(errno, name))
+    for name in ("EACCES", "EISDIR", "EMFILE", "ENFILE", "ENOENT", "ENOMEM", "ENOTDIR", "EPERM")
+)
+_PERMANENT_ERRORS = (
+    (r"mismatch|not valid for", "check the host in server_url"),
+    (r"expired|not yet valid", "check this machine's clock, or have the certificate renewed"),
+    (r"CERTIFICATE_VERIFY", "pass ssl_context, or name a file with its CA in SSL_CERT_FILE"),
+    (r"WRONG_VERSION|HTTP_REQUEST|RECORD_LAYER", "the server does not speak TLS, try http://"),
+    (rf"\A\[Errno ({_LOCAL_ERRNOS})\]", "this machine is at fault, not the server"),
+)
 
 
-def _read_completion(response: _Response) -> Iterator[Completion]:
-    _expect("application/json", response)
+def _permanent_hint(error: object) -> str:
+    """Return the hint for an error that no retry can fix, "" for others."""
+    text = "" if isinstance(error, socket.gaierror) else str(error)  # which counts its own errno
+    return next((hint for pattern, hint in _PERMANENT_ERRORS if re.search(pattern, text)), "")
+
+
+def _connect_hint(error: OSError, route: _Route) -> str:
+    *_, proxy, context = route
+    is_refused = isinstance(error, ssl.SSLCertVerificationError) and context is None
+    for name in (*_CA_VARIABLES, "SSLKEYLOGFILE"):
+        path = os.environ.get(name)
+        if path and (error.filename == path or (is_refused and not os.access(path, os.R_OK))):
+            return f"; {name} names {path}, which cannot be opened"
+    hint = f"check {proxy.source}" if proxy else "is the server up? check server_url"
+    return f"; {_permanent_hint(error) or hint}"
+
+
+# Reading the body
+
+
+_LATE_FAILURE = "the server failed after status 200"
+
+
+def _read_completion(response: _Response) -> Completion:
+    _check_content_type(response, "application/json")
     body = bytearray()
-    for piece in response.pieces():
-        body += piece
+    while data := response.read():
+        body += data
         if len(body) > _MAX_COMPLETION_BYTES:
-            raise APIResponseError(f"the answer has over {_MAX_COMPLETION_BYTES} bytes")
-    completion = _parse(body, _completion)
-    response.release()
-    yield completion
+            raise APIResponseError(f"the response has over {_MAX_COMPLETION_BYTES} bytes")
+    completion = _parse(response, body.lstrip(codecs.BOM_UTF8), _completion)
+    completion.headers = response.headers
+    return completion
 
 
 def _read_chunks(response: _Response) -> Iterator[CompletionChunk]:
-    _expect("text/event-stream", response)
-    for event, data in _read_events(response.pieces()):
+    _check_content_type(response, "text/event-stream")
+    for event, data in _iter_events(iter(response.read, b"")):
         if event == "error":
-            raise _response_error(_LATE_FAILURE, data)
-        yield _parse(data, _chunk)
-    response.release()
+            raise _response_error(response, _LATE_FAILURE, data)
+        yield _parse(response, data, _chunk)
+    response.drain()
 
 
-def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yield the event and data of each server-sent event, up to [DONE].
+def _check_content_type(response: _Response, expected: str) -> None:
+    """Refuse a response that says that it is something else, as a login page does."""
+    media_type = re.split("[;,]", response.headers.get("content-type", ""))[0].strip().lower()
+    found = " in ".join(filter(None, (media_type or expected, _compression(response))))
+    if found != expected:
+        what = f"the response is {found}, not {expected}; check server_url"
+        raise _response_error(response, what, _read_page(response), is_page=True)
 
-    So is a field named "error" (older llama.cpp). The rules quoted are of "Interpreting an event stream" in
-    https://html.spec.whatwg.org/multipage/server-sent-events.html.
+
+# Server-sent events; the rules quoted are of "Interpreting an event stream" in
+# https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+
+def _iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Yield the event and the data of each server-sent event, up to [DONE].
+
+    A field named "error" is taken as an event of that name (older llama.cpp).
     """
     event = ""
     data: list[bytes] = []
     size = 0
-    for lines in _read_lines(pieces):
+    for lines in _iter_lines(chunks):
         for line in lines:
             size += len(line) + 1
             if not line:
-                # "If the data buffer is an empty string, ... return"; but an error needs no data.
+                # "If the data buffer is an empty string, ... return"; an error needs no data.
                 if any(data) or event == "error":
                     yield event, b"\n".join(data)
                     size = 0
@@ -1042,20 +1738,20 @@ def _read_events(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             # "Otherwise: The field is ignored." So is a comment, whose name is empty.
         if size > _MAX_EVENT_BYTES:
             raise APIResponseError(f"the stream has over {_MAX_EVENT_BYTES} bytes without an event")
-    raise APIConnectionError("the stream was cut: it ended before [DONE]")
+    raise APIConnectionError("the stream was cut short: it ended before [DONE]")
 
 
-def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield the lines that each piece completes, without their ends: LF, CRLF or CR."""
+def _iter_lines(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the lines that each chunk completes, without their ends: LF, CRLF or CR."""
     unfinished = bytearray()
     after_cr = False
     at_start = True
-    for piece in pieces:
-        if after_cr and piece.startswith(b"\n"):
-            piece = piece[1:]  # the rest of a CRLF
-        after_cr = piece.endswith(b"\r")
-        lines = piece.splitlines()  # of bytes: at LF, CRLF and CR alone
-        rest = lines.pop() if lines and not piece.endswith((b"\n", b"\r")) else b""
+    for chunk in chunks:
+        if after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]  # the LF of a CRLF that was split
+        after_cr = chunk.endswith(b"\r")
+        lines = chunk.splitlines()  # of bytes: at LF, CRLF and CR alone
+        rest = lines.pop() if lines and not chunk.endswith((b"\n", b"\r")) else b""
         if lines and unfinished:
             lines[0] = bytes(unfinished) + lines[0]
             unfinished.clear()
@@ -1070,74 +1766,93 @@ def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
     yield [bytes(unfinished)] if unfinished else []
 
 
-# --- From JSON to dataclasses: what raises a ValueError becomes an APIResponseError in _parse() ---
-def _parse(data: bytes | bytearray, build: Callable[[dict[str, Any]], _T]) -> _T:
+# From JSON to dataclasses: a ValueError becomes an APIResponseError in _parse()
+
+
+def _parse(
+    response: _Response, data: bytes | bytearray, build: Callable[[dict[str, Any]], _T]
+) -> _T:
     try:
         text = data.decode().strip()
-        raw, end = _decode(text)
+        raw, end = _decode_json(text)
         if end != len(text) or not isinstance(raw, dict):
             raise ValueError("it is not one object")
         if raw.get("error") is None:
             return build(raw)
     except (ValueError, RecursionError) as error:
-        raise _response_error(f"the answer is no completion: {error}", data) from None
-    raise _response_error(_LATE_FAILURE, data)
+        raise _response_error(response, f"the response is no completion: {error}", data) from None
+    raise _response_error(response, _LATE_FAILURE, data)
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _completion(raw: dict[str, Any]) -> Completion:
-    parts, usage = _parts(raw)
-    choices = []
-    for choice, text, reason, logprobs in parts:
-        checked = {**choice, "text": text, "finish_reason": reason, "logprobs": logprobs}
-        choices.append(_build(CompletionChoice, checked))
-    return _build(Completion, {**raw, "choices": choices, "usage": usage, "raw": raw})
+    choices = [
+        CompletionChoice(
+            index=choice.get("index"),
+            text=text,
+            seed=choice.get("seed"),
+            finish_reason=reason,
+            tokens=choice.get("tokens") or [],
+            logprobs=logprobs,
+        )
+        for choice, text, reason, logprobs in _choices(raw, is_chunk=False)
+    ]
+    usage = _optional(Usage, raw.get("usage"))
+    return Completion(raw.get("id"), raw.get("object"), choices, usage, raw.get("model"), raw)
 
 
 def _chunk(raw: dict[str, Any]) -> CompletionChunk:
-    parts, usage = _parts(raw)
-    choices = []
-    for choice, text, reason, logprobs in parts:
-        choices.append(ChunkChoice(choice.get("index"), text, choice.get("token"), reason, logprobs))
-    return CompletionChunk(raw.get("id"), raw.get("object"), choices, raw.get("created"), usage, raw)
+    choices = []  # a comprehension would take longer before Python 3.12
+    for choice, text, reason, logprobs in _choices(raw, is_chunk=True):
+        index, token = choice.get("index"), choice.get("token")
+        choices.append(ChunkChoice(index, text, token, reason, logprobs))
+    usage, created = _optional(Usage, raw.get("usage")), raw.get("created")
+    return CompletionChunk(raw.get("id"), raw.get("object"), choices, created, usage, raw)
 
 
-def _parts(raw: dict[str, Any]) -> tuple[list[tuple[dict[str, Any], str, str | None, Any]], Usage | None]:
-    """Return each choice with its text, finish_reason and logprobs, and the usage, all of them checked."""
+def _choices(
+    raw: dict[str, Any], is_chunk: bool
+) -> list[tuple[dict[str, Any], str, str | None, Logprobs | None]]:
+    """Return each choice with its text, finish_reason and logprobs, once these are checked."""
     choices = raw.get("choices")
     if not isinstance(choices, list):
         raise ValueError("it has no list of choices")
-    parts = []
+    checked = []
     for choice in choices:
         if not isinstance(choice, dict):
             raise ValueError("a choice is no object")
-        text, reason, logprobs = choice.get("text"), choice.get("finish_reason"), choice.get("logprobs")
-        if reason in ("null", ""):  # seen for null
+        text, reason = choice.get("text"), choice.get("finish_reason")
+        if reason in ("null", ""):  # some servers send these for null
             reason = None
-        if text is None and reason:  # only the end of a choice may lack it
-            text = ""
+        if text is None and ("message" in choice or "delta" in choice):
+            raise ValueError("it has the shape of chat, another endpoint; check server_url")
+        if text is None and is_chunk and (reason or raw.get("usage") is not None):
+            text = ""  # at the end of a choice, or of the stream
         if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
-            raise ValueError("a choice has no text, or a finish_reason that is none")
-        parts.append((choice, text, reason, None if logprobs is None else _build(Logprobs, logprobs)))
-    usage = raw.get("usage")
-    return parts, None if usage is None else _build(Usage, usage)
+            raise ValueError("a choice has no text, or a finish_reason that is no string")
+        checked.append((choice, text, reason, _optional(Logprobs, choice.get("logprobs"))))
+    return checked
 
 
-def _build(kind: type[_T], value: Any) -> _T:
-    """Return a JSON object as a dataclass, without what is null or has no field."""
+def _optional(kind: type[_T], value: Any) -> _T | None:
+    """Build a dataclass from a JSON object, unless it is null; unknown fields are left out."""
+    if value is None:
+        return None
     if not isinstance(value, dict):
         raise ValueError(f"{kind.__name__} is no object")
     known = kind.__annotations__
-    return kind(**{name: item for name, item in value.items() if name in known and item is not None})
+    return kind(**{k: item for k, item in value.items() if k in known and item is not None})
 
 
-# --- The command line ---
+# The command line
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 1 (failed), 2 (wrong usage) or 130 (Ctrl-C), or return."""
     parser = _parser()
@@ -1145,13 +1860,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         _logger.setLevel(logging.DEBUG)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")  # a terminal may not know all characters
     try:
         _print_completion(options)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    except BrokenPipeError:  # the reader has enough; what is buffered must not be tried again at exit
+    except BrokenPipeError:  # the reader has enough; what is buffered must not be written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FriendliError, OSError) as error:
         sys.exit(f"friendli_lite: {error}")
@@ -1165,54 +1881,81 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="friendli_lite",
         usage="%(prog)s [options] [PROMPT]",
-        description="Complete PROMPT, or stdin. FRIENDLI_SERVER_URL and FRIENDLI_TOKEN are obeyed.",
+        description="Complete PROMPT, or stdin. Reads FRIENDLI_SERVER_URL and FRIENDLI_TOKEN.",
         epilog="examples:\n"
         '  friendli_lite --max-tokens 16 "Say this is a test!"\n'
         "  friendli_lite --set 'stop=[\"\\n\"]' --json < prompt.txt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("prompt", nargs="?", default="-", help=argparse.SUPPRESS)
-    add("--model", help="LoRA adapter, model or endpoint ID")
-    add("--max-tokens", type=int, metavar="N", help="most tokens to generate")
-    add("--temperature", type=float, metavar="T", help="of the sampling")
-    add("--set", action="append", default=[], metavar="NAME=JSON", help="any other field of the request")
-    add("--server-url", metavar="URL", help=f"default: {_DEFAULT_SERVER_URL}")
-    add("--timeout", type=float, default=600.0, metavar="S", help="seconds of silence (default: 600)")
-    add("--total-timeout", type=float, metavar="S", help="seconds for everything")
-    add("--retries", type=int, metavar="N", help="retries after a failure (default: 3)")
-    add("--no-stream", action="store_true", help="print the completion when it is whole")
-    add("--json", action="store_true", help="print the raw object, one a line for a stream")
-    add("--verbose", action="store_true", help="tell of requests and retries on stderr")
-    add("--version", action="version", version=f"friendli_lite {__version__}")
+    parser.add_argument("prompt", nargs="?", default="-", help=argparse.SUPPRESS)
+    options: dict[str, dict[str, Any]] = {
+        "--model": {"help": "LoRA adapter, model code or endpoint ID"},
+        "--max-tokens": {"type": int, "metavar": "N", "help": "maximum length of the output"},
+        "--temperature": {"type": float, "metavar": "T", "help": "randomness of the sampling"},
+        "--set": {"action": "append", "default": [], "metavar": "NAME=JSON", "help": "other field"},
+        "--server-url": {"metavar": "URL", "help": f"default: {_DEFAULT_SERVER_URL}"},
+        "--timeout": {"type": float, "default": 600.0, "metavar": "S", "help": "seconds for data"},
+        "--total-timeout": {"type": float, "metavar": "S", "help": "seconds for everything"},
+        "--retries": {"type": int, "metavar": "N", "help": "retries after a failure (default: 3)"},
+        "--no-stream": {"action": "store_true", "help": "print the text at once, not as it comes"},
+        "--json": {"action": "store_true", "help": "print the raw object, one a line for a stream"},
+        "--verbose": {"action": "store_true", "help": "report requests and retries on stderr"},
+        "--version": {"action": "version", "version": f"friendli_lite {__version__}"},
+    }
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
     return parser
 
 
 def _print_completion(options: argparse.Namespace) -> None:
-    how = {name: getattr(options, name) for name in ("server_url", "timeout", "total_timeout", "retries")}
+    how = {
+        name: getattr(options, name)
+        for name in ("server_url", "timeout", "total_timeout", "retries")
+    }
     body = _body_fields(options)
-    for answer in [complete(body, **how)] if options.no_stream else stream(body, **how):
-        if options.json:
-            print(json.dumps(answer.raw), flush=True)
-        elif answer.choices and not answer.choices[0].index:  # of several choices, the first
-            print(answer.text, end="", flush=True)
-    if not options.json:
-        print(flush=True)
+    answers = [complete(body, **how)] if options.no_stream else stream(body, **how)
+    end = "\n" if options.json else ""
+    try:
+        for answer in answers:
+            print(json.dumps(answer.raw) if options.json else answer.text, end=end, flush=True)
+    finally:
+        if not options.json:
+            print(flush=True)  # also after text that is cut short
 
 
 def _body_fields(options: argparse.Namespace) -> dict[str, Any]:
     body = {name: getattr(options, name) for name in ("model", "max_tokens", "temperature")}
-    for setting in options.set:
-        name, _, value = setting.partition("=")
-        try:
-            body[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"--set takes NAME=JSON, not {setting!r}") from None
+    body.update(map(_parse_setting, options.set))
     if options.prompt != "-":
         body["prompt"] = options.prompt
     elif "prompt" not in body and "tokens" not in body:
-        body["prompt"] = sys.stdin.read() if sys.stdin else ""
+        body["prompt"] = _read_stdin()
+    prompts, n = body.get("prompt"), body.get("n")
+    has_several = isinstance(prompts, list) and len(prompts) > 1
+    if not options.json and (has_several or (isinstance(n, int) and n > 1)):
+        raise ValueError("several choices need --json, because they arrive interleaved")
     return body
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    """Return the name and the value of a --set option."""
+    name, _, value = setting.partition("=")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        is_list = CompletionRequest.__annotations__.get(name, "").startswith("Sequence[str]")
+        example = f"{name}={json.dumps([value] if is_list else value)}"
+        hint = (
+            "" if value[:1] in ("", "[", "{", '"') else f"; a text needs quotes: --set '{example}'"
+        )
+        raise ValueError(f"--set takes NAME=JSON, not {setting!r}{hint}") from None
+
+
+def _read_stdin() -> str:
+    """Return stdin, as UTF-8 whatever the locale, without a BOM and one last line end."""
+    stdin = getattr(sys.stdin, "buffer", None)
+    text = stdin.read().decode("utf-8-sig") if stdin else sys.stdin.read() if sys.stdin else ""
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 if __name__ == "__main__":
