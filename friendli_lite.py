@@ -15,9 +15,9 @@
             print(chunk.text, end="", flush=True)
 
 The server is $FRIENDLI_SERVER_URL, or http://localhost:8000; a token is read from $FRIENDLI_TOKEN.
-Failed connections and busy servers are retried, as `RetryConfig` describes. A call that fails
-raises a `FriendliError`; so does a response that is cut short.
-Left out on purpose: every other endpoint (chat, too), an async API, HTTP/2, a client object.
+Failed connections and responses of busy servers are retried, as `RetryConfig` describes. A call
+that fails raises a `FriendliError`; so does a response that is cut short.
+Left out on purpose: all other endpoints (including chat), an async API, HTTP/2, a client object.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from json.encoder import encode_basestring_ascii
 from urllib.parse import unquote, urlsplit
 
 if sys.version_info < (3, 10):  # pragma: no cover
-    import encodings.idna  # for host names: in a zipped library, threads must not import it at once
+    # For host names; it fails if several threads are the first to import it from a zipped library.
+    import encodings.idna
 
 TYPE_CHECKING = False  # true for type checkers; at run time, typing is not imported
 if TYPE_CHECKING:
@@ -78,16 +79,16 @@ _MAX_ADDRESS_SECONDS = 2.5  # for one of several addresses: a lost SYN is sent a
 _MAX_WAIT_SECONDS = 1e6  # stands for no limit (12 days); sockets do not take much more
 _KEEPALIVE_EXPIRY_SECONDS = 4.0  # servers close idle connections after 5 s (uvicorn) or more
 _MAX_IDLE_CONNECTIONS = 64  # one for each thread of a large thread pool
-_MAX_STALE_SECONDS = 0.3  # a dead connection shows by then; later, the request may be read
+_MAX_STALE_SECONDS = 0.3  # a dead connection fails by then; later, the request may have been read
 _MAX_DRAIN_SECONDS = 0.01  # for the bytes after [DONE]; a new connection takes longer
 _TCP_KEEPALIVE_SECONDS = 60  # below the idle limits of NATs (350 s on AWS)
 _RECEIVE_SIZE = 64 * 1024  # bytes received at once
-_SEND_SIZE = 16 * 1024  # bytes sent at once: a TLS record, so that a slow line shows progress
+_SEND_SIZE = 16 * 1024  # bytes sent at once: one TLS record, so that progress shows on a slow line
 _MAX_HEAD_BYTES = 32 * 1024  # of headers, interim ones included, or of trailers; as nginx
 _MAX_HEADERS = 100  # the limit of http.client and Apache
-_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or of lines without an event; an event has 200
-_MAX_COMPLETION_BYTES = 32 * 1024**2  # 100,000 tokens with 5 logprobs each have about 20 MB
-_MAX_ERROR_BODY_BYTES = 64 * 1024  # of an error page; people read its first screen
+_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or of lines without an event, which has about 200
+_MAX_COMPLETION_BYTES = 32 * 1024**2  # 100,000 tokens with 5 logprobs each take about 20 MB
+_MAX_ERROR_BODY_BYTES = 64 * 1024  # of an error page; people read only the first screen
 _MAX_QUOTED_CHARACTERS = 500  # of a server's text within a message
 _MIN_SECRET_CHARACTERS = 8  # a shorter one ("test", "local") may be a word of other text
 
@@ -101,7 +102,7 @@ _encode_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class FriendliError(Exception):
-    """Base class of the errors raised by a call; `attempts` is the number of requests sent."""
+    """Base class of the errors raised by a call; `attempts` counts the attempts to send it."""
 
     attempts: int = 0
 
@@ -116,7 +117,7 @@ class APIStatusError(FriendliError):
         message: what the server says is wrong, found in the body; "" if it says nothing.
     """
 
-    # The defaults are for pickle, which passes the text alone and sets the attributes then.
+    # The defaults are for pickle, which passes only the text and sets the attributes afterwards.
     def __init__(
         self,
         text: str,
@@ -137,14 +138,14 @@ class APIConnectionError(FriendliError):
 
 
 class APITimeoutError(APIConnectionError):
-    """No data came for `timeout` seconds, or `total_timeout` or the time to connect was over."""
+    """No data came for `timeout` seconds, or `total_timeout` or the time to connect ran out."""
 
 
 class APIResponseError(FriendliError):
     """The response cannot be used: not HTTP, not a completion, or an error in mid-stream.
 
     Attributes:
-        body: the part that shows the fault, at most 64 KiB, as text; "" if it exceeds a limit.
+        body: the part that shows the fault, as text, cut to 64 KiB; "" if it was too long to keep.
     """
 
     def __init__(self, text: str, body: str = "") -> None:
@@ -283,7 +284,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RetryConfig:
-    """Which failures are tried again, how often, and after which delays in seconds.
+    """Which failures are retried, how often, and after which delays in seconds.
 
     The delay before retry k = 0, 1, ... is drawn from 0 to `min(max_delay, initial_delay *
     multiplier**k)`: by default from 0 to 0.5, 1 and 2 s (full jitter: "Exponential Backoff And
@@ -297,10 +298,10 @@ class RetryConfig:
         initial_delay: maximum delay before the first retry.
         max_delay: maximum delay before any retry, unless the server asks for more.
         multiplier: growth of the maximum from retry to retry.
-        max_retry_after: a server that asks for more than this is not asked again.
-        status_codes: statuses that are tried again.
-        retry_connection_errors: whether connections that fail or break are tried again.
-        retry_timeouts: whether timeouts are tried again. The server may still be generating, and a
+        max_retry_after: if the server asks for more than this, there is no retry.
+        status_codes: statuses that are retried.
+        retry_connection_errors: whether connections that fail or break are retried.
+        retry_timeouts: whether timeouts are retried. The server may still be generating, and a
             retry would be billed again. 504 and 524, a gateway's timeouts, count as timeouts; a
             timeout while connecting counts as a failed connection.
     """
@@ -443,7 +444,7 @@ def complete(
         token: default $FRIENDLI_TOKEN; "" sends none.
         retries: a `RetryConfig`, or a number of retries.
         timeout: seconds to wait for the next byte; None waits forever. Connecting takes 10 s at
-            most, without the DNS lookup, which only the operating system limits.
+            most, not counting the DNS lookup, which only the operating system limits.
         total_timeout: seconds for the whole call with its retries and delays; None for no limit.
         headers: extra headers; they override the client's.
         ssl_context: for a private CA or a client certificate; default: the system's CAs.
@@ -491,8 +492,7 @@ def stream(
             True, request, fields, server_url, token, headers, retries, timeout, total_timeout,
             ssl_context,
         )
-        call.open()
-        return CompletionStream(call)
+        return CompletionStream(call.open())
     except FriendliError as error:
         raise _without_frames(error)
     finally:
@@ -585,7 +585,7 @@ def _prepare(
             timeouts=_build_timeouts(timeout, total_timeout),
             ssl_context=ssl_context,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise _without_frames(error)
     finally:
         del token, headers
@@ -640,15 +640,14 @@ _FIELDS_OF_OTHER_CLIENTS = {
 def _hint_for_unknown_field(name: str) -> str:
     import difflib  # needed only for a mistake
 
-    arguments = [f"{argument}=" for argument in complete.__kwdefaults__ or ()]
-    known = [*CompletionRequest.__annotations__, *arguments]
+    known = [*CompletionRequest.__annotations__, *map("{}=".format, complete.__kwdefaults__ or ())]
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {near[0]!r}?" if near else "extra_body takes new ones"
     return _FIELDS_OF_OTHER_CLIENTS.get(name, guess)
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:
-    """Refuse what a server would refuse with a 422 that says less."""
+    """Refuse what a server would refuse with a less helpful 422."""
     if ("prompt" in body) == ("tokens" in body):
         found = "both were" if "tokens" in body else "neither was"
         raise ValueError(f"exactly one of prompt and tokens is needed; {found} given")
@@ -665,7 +664,7 @@ _HOST = r"(?:\[[\da-f:.]+\]|(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?)"
 _PORT = r"(?!6553[6-9]|655[4-9]\d|65[6-9]\d\d|6[6-9]\d{3}|[7-9]\d{4})[1-9]\d{0,4}"  # to 65535
 _SERVER_URL = re.compile(
     rf"(https?)://({_HOST}(?::{_PORT})?):?"
-    r"((?:/+[^\0- #/?\\\x7f-\U0010ffff]+)*?)(?:/+v1(?:/+completions)?)?/*",
+    r"((?:/+[!\"$-.0->@-\[\]-~]+)*?)(?:/+v1(?:/+completions)?)?/*",
     re.IGNORECASE | re.ASCII,
 )
 _SERVER_URL_MISTAKES = (  # a pattern, and what is wrong with a URL in which it is found
@@ -737,8 +736,8 @@ def _build_timeouts(timeout: float | None, total_timeout: float | None) -> _Time
     _check_type("total_timeout", total, int, float)
     if not silence > 0 or total != total:  # NaN
         raise ValueError("timeout and total_timeout must be seconds, timeout above 0, or None")
-    longest = _MAX_WAIT_SECONDS
-    return _Timeouts(min(silence, longest), max(-longest, min(total, longest)))
+    total = max(-_MAX_WAIT_SECONDS, min(total, _MAX_WAIT_SECONDS))
+    return _Timeouts(min(silence, _MAX_WAIT_SECONDS), total)
 
 
 # Sending with retries
@@ -804,11 +803,11 @@ class _Call:
     ssl_context: ssl.SSLContext | None
     sleep: Callable[[float], None] = time.sleep
     uniform: Callable[[float, float], float] = random.uniform
-    attempts: int = 0  # requests sent, also those sent again since an idle connection was dead
+    attempts: int = 0  # to send the request, also those repeated since an idle connection was dead
     retry: int = 0  # retries begun
     was_sent: bool = False  # whether the last request may have reached a server
     was_aborted: bool = False
-    connection: _Connection | None = None  # of the last attempt
+    shut_down: Callable[[], None] | None = None  # the connection in use
     response: _Response = field(init=False)
 
     def complete(self) -> Completion:
@@ -823,22 +822,21 @@ class _Call:
             except FriendliError as error:
                 self._wait_or_raise(error)
 
-    def open(self) -> None:
+    def open(self) -> _Call:
         """Send the request until the head of a stream has arrived."""
         while True:
             try:
                 self.response = self._send()
-                return
+                return self
             except FriendliError as error:
                 self._wait_or_raise(error)
 
     def iter_chunks(self) -> _ChunkGenerator:
-        """Yield the chunks of the open response; before the first one, a failure is tried again."""
+        """Yield the chunks of the open response; before the first one, a failure is retried."""
         has_begun = False
         while True:
             try:
                 with contextlib.closing(self.response):
-                    self._check_open()
                     for chunk in _read_chunks(self.response):
                         has_begun = True
                         yield chunk
@@ -851,12 +849,13 @@ class _Call:
     def abort(self) -> None:
         """Have the thread that reads raise an error, and let no attempt follow."""
         self.was_aborted = True
-        if self.connection is not None:
-            self.connection.shut_down()
+        if self.shut_down is not None:
+            self.shut_down()
 
     def _send(self) -> _Response:
         """Send the request once, and return the response if its status is 200."""
-        self._check_open()
+        if self.was_aborted:
+            raise APIConnectionError(_ABORTED)
         if self.timeouts.remaining() <= 0:
             raise APITimeoutError(f"the request was not sent{self.timeouts.message()}")
         self.attempts += 1
@@ -866,10 +865,6 @@ class _Call:
         if response.status != 200:
             raise _status_error(response, f"the server{response.connection.via}")
         return response
-
-    def _check_open(self) -> None:
-        if self.was_aborted:
-            raise APIConnectionError(_ABORTED)
 
     def _wait_or_raise(self, error: FriendliError, is_final: bool = False) -> None:
         """Wait until it is time for the next attempt; raise the error if there is none."""
@@ -884,8 +879,8 @@ class _Call:
             self._log("failed")
             raise error
         self.retry += 1
-        most = self.retries.max_retries
-        _logger.info("%s; retry %d of %d in %.2f s", error, self.retry, most, delay)
+        text = "%s; retry %d of %d in %.2f s"
+        _logger.info(text, error, self.retry, self.retries.max_retries, delay)
         self.sleep(delay)
 
     def _log(self, event: str) -> None:
@@ -908,7 +903,7 @@ def _retry_delay(
     retry_after = _retry_after(getattr(error, "headers", {}), time.time())
     if retry_after > config.max_retry_after:
         return None
-    max_delay = config.max_delay if config.initial_delay else 0.0
+    max_delay = config.max_delay if config.initial_delay else 0.0  # even where the power overflows
     with contextlib.suppress(OverflowError):
         max_delay = min(max_delay, config.initial_delay * config.multiplier**retry)
     # The jitter is added, so that threads refused together do not come back together.
@@ -921,9 +916,11 @@ def _is_retryable(error: FriendliError, was_sent: bool, config: RetryConfig) -> 
         return error.status_code in config.status_codes or (was_timeout and config.retry_timeouts)
     if isinstance(error, APITimeoutError) and was_sent:
         return config.retry_timeouts
-    if not isinstance(error, APIConnectionError) or _permanent_hint(error.__cause__):
-        return False
-    return config.retry_connection_errors
+    return (
+        isinstance(error, APIConnectionError)
+        and config.retry_connection_errors
+        and not _permanent_hint(error.__cause__)
+    )
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float:
@@ -967,11 +964,12 @@ class _Secrets:
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         values = {
-            part.lower()
+            spelling.lower()
             for name, value in headers.items()
             if _CREDENTIAL_NAME.search(name)
             for part in [value, *_CREDENTIAL_END.split(value)]
             if len(part) >= _MIN_SECRET_CHARACTERS
+            for spelling in (part, part.replace("/", "\\/"))  # as it is, and in JSON
         }
         self._values = sorted(values, key=len, reverse=True)  # one may begin another
         self.has_token = "Authorization" in headers
@@ -981,13 +979,12 @@ class _Secrets:
         text = text.replace("\u0130", "I")  # the one character whose lower case is two
         lowered = text.lower()
         for value in self._values:
-            while (start := lowered.find(value)) >= 0:  # re would not be linear in the text
+            while (start := lowered.find(value)) >= 0:
                 text = f"{text[:start]}***{text[start + len(value) :]}"
                 lowered = f"{lowered[:start]}***{lowered[start + len(value) :]}"
-        for value in self._values if is_cut else ():
-            ends = (n for n in range(len(value), 0, -1) if lowered.endswith(value[:n]))
-            text = text[: len(text) - next(ends, 0)]
-        return text
+        parts = (value[:length] for value in self._values for length in range(len(value)))
+        cut = max((len(part) for part in parts if is_cut and lowered.endswith(part)), default=0)
+        return text[: len(text) - cut]
 
 
 class _Request(urllib.request.Request):
@@ -1044,29 +1041,41 @@ _opener = urllib.request.OpenerDirector()  # it follows no redirect, and knows n
 _opener.add_handler(_KeepAliveHandler())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Proxy:
     address: str  # host:port
     headers: dict[str, str] = field(repr=False)  # its Proxy-Authorization
     source: str  # the variable that names it
 
 
-_PROXY_URL = re.compile(
-    rf"(?:http://)?(?:([^:@/\s]*)(?::([^@/\s]*))?@)?({_HOST}(?::{_PORT})?)/?", re.I | re.A
+_PROXY_URL = (
+    rf"(?ia)(?:http://)?(?:([^:@/\s]*)(?::([^@/\s]*))?@)?({_HOST}(?::{_PORT})?)/?"
 )
+
+
+_PROXY_VARIABLES = {
+    "http": (("http_proxy", "HTTP_PROXY"), ("all_proxy", "ALL_PROXY")),
+    "https": (("https_proxy", "HTTPS_PROXY"), ("all_proxy", "ALL_PROXY")),
+}
 
 
 def _find_proxy(scheme: str, host: str) -> _Proxy | None:
     """Return the proxy for a server, from the environment or else from the system's settings."""
-    for name in (f"{scheme}_proxy", "all_proxy"):
-        variable = name if os.environ.get(name) is not None else name.upper()  # even if it is empty
-        # The client of a CGI script sets HTTP_PROXY by a header "Proxy:" ("httpoxy").
-        is_httpoxy = variable == "HTTP_PROXY" and "REQUEST_METHOD" in os.environ
-        if os.environ.get(variable) and not is_httpoxy:
-            # The value may hold a password, and is kept in no variable while an error is raised.
-            match = _PROXY_URL.fullmatch(os.environ.get(variable, ""))
-            return None if _is_excluded(scheme, host) else _parse_proxy(match, variable)
-    return _system_proxy(scheme, host)
+    for name, capital in _PROXY_VARIABLES[scheme]:
+        variable = capital if os.environ.get(name) is None else name  # even if it is empty
+        if os.environ.get(variable) and not _is_httpoxy(variable):
+            if _is_excluded(scheme, host):
+                return None
+            # The value may hold a password, and is kept in no variable.
+            return _parse_proxy(re.fullmatch(_PROXY_URL, os.environ.get(variable, "")), variable)
+    proxy = _system_proxy(scheme, host)
+    return None if proxy and _is_excluded(scheme, host) else proxy
+
+
+def _is_httpoxy(variable: str) -> bool:
+    """Tell whether a CGI script's client may have set it, by a header "Proxy:"."""
+    is_capital = variable == "HTTP_PROXY" or os.name == "nt"  # where both spellings are one
+    return is_capital and variable.lower() == "http_proxy" and "REQUEST_METHOD" in os.environ
 
 
 def _parse_proxy(match: re.Match[str] | None, source: str) -> _Proxy:
@@ -1076,19 +1085,21 @@ def _parse_proxy(match: re.Match[str] | None, source: str) -> _Proxy:
             " where a password has %40 for @ and %2F for /"
         )
     user, password, address = match.groups()
-    credentials = f"{unquote(user or '')}:{unquote(password or '')}".encode()
-    basic = {"Proxy-authorization": f"Basic {base64.b64encode(credentials).decode()}"}
-    return _Proxy(address, {} if user is None else basic, source)
+    credentials = unquote(f"{user or ''}:{password or ''}", errors="surrogateescape")
+    encoded = base64.b64encode(credentials.encode("utf-8", "surrogateescape")).decode()
+    headers = {} if user is None else {"Proxy-authorization": f"Basic {encoded}"}
+    return _Proxy(address, headers, source)
 
 
-@functools.lru_cache(maxsize=64)  # it takes milliseconds, and is asked once
+@functools.lru_cache(maxsize=64)  # a look-up takes milliseconds, so each is made once
 def _system_proxy(scheme: str, host: str) -> _Proxy | None:
     """Return the proxy that the settings of macOS or Windows name."""
+    # Elsewhere dict() names no proxy.
     on_windows: Any = getattr(urllib.request, "getproxies_registry", dict)
     settings = getattr(urllib.request, "getproxies_macosx_sysconf", on_windows)
     if scheme not in settings() or urllib.request.proxy_bypass(host):
         return None
-    match = _PROXY_URL.fullmatch(settings()[scheme])
+    match = re.fullmatch(_PROXY_URL, settings()[scheme])
     return _parse_proxy(match, "the system's proxy settings")
 
 
@@ -1099,12 +1110,12 @@ def _is_excluded(scheme: str, host: str) -> bool:
     entries = os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")).lower()
     return any(
         port in ("", str(server_port)) and _matches_host(bracketed or plain or other, name)
-        for bracketed, plain, port, other in _NO_PROXY_ENTRY.findall(entries)
+        for bracketed, plain, port, other in re.findall(_NO_PROXY_ENTRY, entries)
     )
 
 
 # [address] or host, with a port or without; or else an IPv6 address or a range
-_NO_PROXY_ENTRY = re.compile(r"(?:\[([^\]\s,]+)\]|([^:\s,]+))(?::(\d+))?(?![^\s,])|([^\s,]+)")
+_NO_PROXY_ENTRY = r"(?:\[([^\]\s,]+)\]|([^:\s,]+))(?::(\d+))?(?![^\s,])|([^\s,]+)"
 
 
 def _matches_host(pattern: str, host: str) -> bool:
@@ -1126,12 +1137,9 @@ class _Connection:
 
     def __init__(self, route: _Route, request: _Request) -> None:
         self.route = scheme, host, proxy, context = route
-        self.timeouts: _Timeouts = _ConnectTimeouts(request.call.timeouts)
-        self.secrets = request.secrets
         self.via = f" through the proxy {proxy.address}" if proxy else ""
         self._owner = os.getpid()
-        self._claims = {"": True}
-        request.call.connection = self
+        self._begin(request, _ConnectTimeouts(request.call.timeouts))
         try:
             if scheme == "https" and context is None:
                 context = _default_ssl_context(*map(os.environ.get, _CA_VARIABLES))
@@ -1146,8 +1154,17 @@ class _Connection:
             if not isinstance(error, OSError):
                 raise
             if _permanent_hint(error):
-                _default_ssl_context.cache_clear()  # the CAs may not have been there to be read
+                _default_ssl_context.cache_clear()  # the CA file may not have been readable then
             raise self._failure("cannot connect", error, _connect_hint(error, route))
+
+    def _begin(self, request: _Request, timeouts: _Timeouts) -> None:
+        """Serve a request from now on, unless its call was aborted meanwhile."""
+        self.timeouts = timeouts
+        self.secrets = request.secrets
+        self._claims = {"": True}  # one for each use of the connection; see claim()
+        request.call.shut_down = functools.partial(self.shut_down, self._claims)
+        if request.call.was_aborted:
+            self.shut_down(self._claims)
 
     def _connect(self, hop: str, default_port: int) -> None:
         """Connect to the first address that accepts; each gets a share of the time that is left."""
@@ -1190,10 +1207,7 @@ class _Connection:
 
     def exchange(self, request: _Request) -> _Response:
         """Send a request, and return the response when its head has arrived."""
-        self.timeouts = request.call.timeouts
-        self.secrets = request.secrets
-        self._claims = {"": True}
-        request.call.connection = self
+        self._begin(request, request.call.timeouts)
         request.call.was_sent = True
         return self._exchange(memoryview(request.encode()))  # its repr() shows no token
 
@@ -1269,11 +1283,11 @@ class _Connection:
         """Tell whether the caller may decide what becomes of the connection; pop() is atomic."""
         return self._claims.pop("", False)
 
-    def shut_down(self) -> None:
+    def shut_down(self, claims: dict[str, bool]) -> None:
         """Wake up the thread that waits for the socket; that thread closes it."""
         # SSLSocket.shutdown() drops TLS, and later data would go in clear text. In a forked child
         # it would end the parent's stream.
-        if self.claim() and self._owner == os.getpid() and self._sock is not None:
+        if claims.pop("", False) and self._owner == os.getpid() and self._sock is not None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
@@ -1313,10 +1327,8 @@ class _Response:
     def __init__(self, connection: _Connection, is_tunnel: bool = False) -> None:
         self.connection = connection
         self.secrets = connection.secrets  # the connection's next call has others
-        self.is_complete = False
-        self._is_closed = False
-        self._buffer = b""  # received bytes; those before _position are consumed
-        self._position = 0
+        self.is_complete = self._is_closed = False
+        self._buffer, self._position = b"", 0  # received bytes; those before _position are consumed
         self._max_bytes = _MAX_HEAD_BYTES  # of the lines to come
         self._read_head()
         while self.status < 200 and self.status != 101:  # an interim response (RFC 9110, 15.2)
@@ -1344,7 +1356,8 @@ class _Response:
             if not line:
                 return fields
             if name and line[:1] in (b" ", b"\t"):  # a folded line (5.2)
-                fields[name] += " " + line.strip().decode("latin-1")
+                more = self._match(rb"[^\0\r]*", line, "a malformed header")[0].decode("latin-1")
+                fields[name] = f"{fields[name]} {more.strip()}".strip()
                 continue
             match = self._match(_FIELD_LINE, line, "a malformed header")
             name = match[1].decode().lower()
@@ -1376,25 +1389,21 @@ class _Response:
         """Find out where the body ends (6.3), and whether the connection persists (9.3)."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
         options = [name.strip() for name in self.headers.get("connection", "").lower().split(",")]
-        self._is_chunked = self._is_close_delimited = False
-        self._remaining = 0  # bytes of the body, or of the current chunk
-        if self.status in (101, 204, 304) or (is_tunnel and self.status < 300):
-            pass  # there is none
-        elif coding is not None:
+        has_body = self.status not in (101, 204, 304) and not (is_tunnel and self.status < 300)
+        self._is_chunked = has_body and coding is not None
+        self._is_close_delimited = has_body and coding is None and length is None
+        self._remaining = sys.maxsize if self._is_close_delimited else 0  # of the body or the chunk
+        if has_body and coding is not None:
             self._match(rb"(?i)chunked", coding.encode(), "an unknown transfer-encoding")
-            self._is_chunked = True
             self._buffer, self._position = b"\r\n" + self._unread(), 0  # as after a chunk
-        elif length is not None:
+        elif has_body and length is not None:
             same = rb"(\d{1,99})(?:[ \t]*,[ \t]*\1)*"  # "60, 60" is 60
             self._remaining = int(self._match(same, length.encode(), "an invalid length")[1])
-        else:
-            self._is_close_delimited = True
-            self._remaining = sys.maxsize
         self._is_persistent = (
             "close" not in options
             and (self._version != b"0" or "keep-alive" in options)
             and not (is_tunnel or self.status == 101 or self._is_close_delimited)
-            and not (coding and length)
+            and not (coding is not None and (length is not None or self._version == b"0"))
         )
 
     def read(self) -> bytes:
@@ -1412,6 +1421,7 @@ class _Response:
     def _read_chunk_header(self) -> int:
         """Read the line end after a chunk and the size of the next (7.1), or the trailers."""
         while not (match := _CHUNK_HEADER.match(self._buffer, self._position)):
+            # The line end before the size has 2 bytes at most; a later one ends a wrong line.
             if len(self._unread()) > _MAX_HEAD_BYTES or b"\n" in self._unread()[2:]:
                 raise self._malformed("a malformed chunk", self._unread().lstrip())
             self._receive()
@@ -1431,6 +1441,7 @@ class _Response:
         return match
 
     def _malformed(self, what: str, line: bytes) -> APIResponseError:
+        self._is_persistent = False
         quoted = self.secrets.redact(line.partition(b"\n")[0].decode("latin-1"), is_cut=True)
         text = f"the server{self.connection.via} sent {what}: {_one_line(repr(quoted))}"
         return APIResponseError(text, quoted[:_MAX_ERROR_BODY_BYTES])
@@ -1500,7 +1511,7 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows does not fork
 
 
 def _status_error(response: _Response, who: str, hint: str = "") -> APIStatusError:
-    """Return the error for a response of another status than 200, whose body is read for it."""
+    """Return the error for a response with a status other than 200, whose body is read for it."""
     redact = response.secrets.redact
     headers = {redact(name): redact(value) for name, value in response.headers.items()}
     body = _excerpt(response, _read_page(response), is_page=True)
@@ -1534,9 +1545,9 @@ def _status_hint(status: int, headers: Mapping[str, str], has_token: bool) -> st
 def _response_error(
     response: _Response, what: str, data: bytes | bytearray, is_page: bool = False
 ) -> APIResponseError:
-    """Return the error for a status of 200 with something else than was asked for."""
+    """Return the error for a status of 200 whose body is not what was asked for."""
     body = _excerpt(response, data, is_page)
-    text = f"{what}: {_error_message(body) or body or '(empty)'}"
+    text = f"{what}: {_error_message(body).strip() or body.strip() or '(empty)'}"
     return APIResponseError(_one_line(response.secrets.redact(text)), body)
 
 
@@ -1553,12 +1564,13 @@ def _read_page(response: _Response) -> bytearray:
 
 def _excerpt(response: _Response, body: bytes | bytearray, is_page: bool) -> str:
     """Return the first 64 KiB of a body as text, without credentials or parts of them."""
-    is_cut = len(body) > _MAX_ERROR_BODY_BYTES
+    is_long = len(body) > _MAX_ERROR_BODY_BYTES
     if is_page and _compression(response):  # which nobody asked for, and nobody could read
-        size = f"over {_MAX_ERROR_BODY_BYTES}" if is_cut else len(body)
+        size = f"over {_MAX_ERROR_BODY_BYTES}" if is_long else len(body)
         return f"a body in {_compression(response)} of {size} bytes"
     start = body[:_MAX_ERROR_BODY_BYTES]
     text = _decode_page(start, response.headers) if is_page else start.decode("utf-8", "replace")
+    is_cut = is_long or (is_page and not response.is_complete)
     return response.secrets.redact(text, is_cut)
 
 
@@ -1573,9 +1585,9 @@ _COMPRESSIONS = ("br", "compress", "deflate", "gzip", "zstd")
 def _decode_page(page: bytes | bytearray, headers: Mapping[str, str]) -> str:
     """Decode a page by its BOM or null bytes, or else by the charset of its Content-Type."""
     charset: str = json.detect_encoding(page)
-    match = re.search(r"(?i)charset\s*=\s*[\"']?([\w.:-]+)", headers.get("content-type", ""))
-    if match and charset == "utf-8":  # which stands for neither
-        charset = match[1]
+    pattern = r"(?i)charset\s*=\s*[\"']?(?!punycode|\w*escape)([\w.:-]+)"  # two are not for pages
+    match = re.search(pattern, headers.get("content-type", ""))
+    charset = match[1] if match and charset == "utf-8" else charset  # which stands for neither
     try:
         return page.decode(charset, "replace")
     except Exception:  # an unknown charset, or a codec that raises something else
@@ -1588,7 +1600,7 @@ _MESSAGE_KEYS = (
     *("description", "errormessage", "error_message", "error_description", "faultstring"),
 )
 _CODE_KEYS = ["error", "errors", "fault", "code", "type"]
-_MARKUP = re.compile(
+_MARKUP = (  # a pattern, compiled only where there is a page
     r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!?][^<>]*>|&#\w{9,};?"
 )
 
@@ -1602,7 +1614,7 @@ def _error_message(body: str) -> str:
     except (ValueError, RecursionError):
         import html  # needed only here
 
-        return html.unescape(_MARKUP.sub(" ", body))
+        return html.unescape(re.sub(_MARKUP, " ", body))
 
 
 def _find_message(payload: Any, keys: Sequence[str]) -> str:
@@ -1649,7 +1661,7 @@ _PERMANENT_ERRORS = (
 
 def _permanent_hint(error: object) -> str:
     """Return the hint for an error that no retry can fix, "" for others."""
-    text = "" if isinstance(error, socket.gaierror) else str(error)  # which counts its own errno
+    text = "" if isinstance(error, socket.gaierror) else str(error)  # it has numbers of its own
     return next((hint for pattern, hint in _PERMANENT_ERRORS if re.search(pattern, text)), "")
 
 
@@ -1803,7 +1815,7 @@ def _completion(raw: dict[str, Any]) -> Completion:
         )
         for choice, text, reason, logprobs in _choices(raw, is_chunk=False)
     ]
-    usage = _optional(Usage, raw.get("usage"))
+    usage = None if raw.get("usage") is None else _from_json(Usage, raw["usage"])
     return Completion(raw.get("id"), raw.get("object"), choices, usage, raw.get("model"), raw)
 
 
@@ -1812,7 +1824,8 @@ def _chunk(raw: dict[str, Any]) -> CompletionChunk:
     for choice, text, reason, logprobs in _choices(raw, is_chunk=True):
         index, token = choice.get("index"), choice.get("token")
         choices.append(ChunkChoice(index, text, token, reason, logprobs))
-    usage, created = _optional(Usage, raw.get("usage")), raw.get("created")
+    usage = None if raw.get("usage") is None else _from_json(Usage, raw["usage"])
+    created = raw.get("created")
     return CompletionChunk(raw.get("id"), raw.get("object"), choices, created, usage, raw)
 
 
@@ -1836,14 +1849,14 @@ def _choices(
             text = ""  # at the end of a choice, or of the stream
         if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
             raise ValueError("a choice has no text, or a finish_reason that is no string")
-        checked.append((choice, text, reason, _optional(Logprobs, choice.get("logprobs"))))
+        logprobs = choice.get("logprobs")
+        parsed = None if logprobs is None else _from_json(Logprobs, logprobs)
+        checked.append((choice, text, reason, parsed))
     return checked
 
 
-def _optional(kind: type[_T], value: Any) -> _T | None:
-    """Build a dataclass from a JSON object, unless it is null; unknown fields are left out."""
-    if value is None:
-        return None
+def _from_json(kind: type[_T], value: Any) -> _T:
+    """Build a dataclass from a JSON object; null and unknown fields are left out."""
     if not isinstance(value, dict):
         raise ValueError(f"{kind.__name__} is no object")
     known = kind.__annotations__
@@ -1952,7 +1965,7 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def _read_stdin() -> str:
-    """Return stdin, as UTF-8 whatever the locale, without a BOM and one last line end."""
+    """Return stdin, as UTF-8 whatever the locale, without its BOM and one final line end."""
     stdin = getattr(sys.stdin, "buffer", None)
     text = stdin.read().decode("utf-8-sig") if stdin else sys.stdin.read() if sys.stdin else ""
     return re.sub(r"\r?\n\Z", "", text)

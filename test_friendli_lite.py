@@ -70,6 +70,12 @@ from friendli_lite import (
     stream,
 )
 
+try:
+    import tracemalloc
+except ImportError:  # as under PyPy; nothing is measured then
+    tracemalloc = mock.Mock(**{"get_traced_memory.return_value": (0, 0)})
+
+sys.setswitchinterval(0.0005)  # so that a stand-in's thread answers at once
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOKEN = "flp_TopSecret0123456789"
 TEXT = " This is a test!"  # what the stand-in completes
@@ -208,21 +214,15 @@ def container_answer(received):
         found = [{"loc": ["body"], "msg": str(error), "type": "value_error"}]
     if found:
         return json_answer({"detail": found}, 422)
-    return (
-        event_stream(*chunks(request))
-        if request.get("stream")
-        else json_answer(completion(request))
-    )
+    if request.get("stream"):
+        return event_stream(*chunks(request))
+    return json_answer(completion(request))
 
 
 JSON_TYPES = {
-    "str": ("string", str),
-    "int": ("integer", int),
-    "float": ("number", (int, float)),
-    "bool": ("boolean", bool),
-    "Sequence": ("list", list),
-    "Mapping": ("dictionary", dict),
-}
+    "str": ("string", str), "int": ("integer", int), "float": ("number", (int, float)),
+    "bool": ("boolean", bool), "Sequence": ("list", list), "Mapping": ("dictionary", dict),
+}  # fmt: skip
 
 
 def mistakes(request):
@@ -252,20 +252,18 @@ def usage(request):
     prompt_tokens = len(request.get("tokens") or " ".join(map(str, prompts)).split())
     completion_tokens = len(words(request)) * (request.get("n") or 1)
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
+        "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
-    }
+    }  # fmt: skip
 
 
 def logprobs(texts):
     return {
         "text_offset": list(itertools.accumulate([0, *map(len, texts[:-1])])),
-        "token_logprobs": [-0.5] * len(texts),
-        "tokens": texts,
+        "token_logprobs": [-0.5] * len(texts), "tokens": texts,
         "top_logprobs": [{text: -0.5} for text in texts],
-    }
+    }  # fmt: skip
 
 
 def finish_reason(request):
@@ -275,88 +273,55 @@ def finish_reason(request):
 def completion(request):
     """The body of a completion."""
     texts = words(request)
+    logs = logprobs(texts) if request.get("logprobs") else None
+    choice = {"finish_reason": finish_reason(request), "tokens": [*range(len(texts))]}
     choices = [
-        {
-            "index": index,
-            "text": "".join(texts),
-            "seed": 42 + index,
-            "finish_reason": finish_reason(request),
-            "tokens": list(range(len(texts))),
-            "logprobs": logprobs(texts) if request.get("logprobs") else None,
-        }
+        {"index": index, "text": "".join(texts), "seed": 42 + index, **choice, "logprobs": logs}
         for index in range(request.get("n") or 1)
     ]
-    return {
-        "id": "cmpl-26a1e10db8544bc3adb488d2d205288b",
-        "object": "text_completion",
-        "choices": choices,
-        "usage": usage(request),
-        "model": request.get("model"),
-    }
+    start = {"id": "cmpl-26a1e10db8544bc3adb488d2d205288b", "object": "text_completion"}
+    return {**start, "choices": choices, "usage": usage(request), "model": request.get("model")}
 
 
 def chunk(choices, **fields):
     """The payload of one event."""
-    return {
-        "id": "cmpl-1",
-        "object": "text_completion",
-        "choices": choices,
-        **fields,
-        "created": 1733382157,
-    }
+    start = {"id": "cmpl-1", "object": "text_completion", "choices": choices}
+    return {**start, **fields, "created": 1733382157}
+
+
+def text_chunk(text, index=0, reason=None, logs=None, **token):
+    """The payload of an event with a text."""
+    token = token or {"token": 7}
+    choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": logs}
+    return chunk([{**choice, **(token if reason is None else {})}])
 
 
 def chunks(request):
     """The payloads of a stream, choices interleaved."""
     indexes = range(request.get("n") or 1)
     for token, text in enumerate(words(request)):
-        for index in indexes:
-            yield chunk(
-                [
-                    {
-                        "index": index,
-                        "text": text,
-                        "token": token,
-                        "finish_reason": None,
-                        "logprobs": logprobs([text]) if request.get("logprobs") else None,
-                    }
-                ]
-            )
-    for index in indexes:
-        yield chunk(
-            [
-                {
-                    "index": index,
-                    "text": "",
-                    "finish_reason": finish_reason(request),
-                    "logprobs": None,
-                }
-            ]
-        )
+        logs = logprobs([text]) if request.get("logprobs") else None
+        yield from (text_chunk(text, index, None, logs, token=token) for index in indexes)
+    yield from (text_chunk("", index, finish_reason(request)) for index in indexes)
     if (request.get("stream_options") or {}).get("include_usage"):
         yield chunk([], usage=usage(request))
 
 
-def text_chunk(text, index=0):
-    """The payload of an event with a text."""
-    return chunk(
-        [{"index": index, "text": text, "token": 7, "finish_reason": None, "logprobs": None}]
-    )
-
-
 def head(status=200, **headers):
     """The head of an answer; header names with _ for -."""
-    lines = [
-        f"HTTP/1.1 {status} Reason",
-        *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
-    ]
-    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
+    lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
+    return "".join([f"HTTP/1.1 {status} Reason\r\n", *lines, "\r\n"]).encode("latin-1")
+
+
+def page(body, status=400, content_type="text/plain", **headers):
+    """A whole answer with any body."""
+    length = len(body)
+    return head(status, Content_Type=content_type, Content_Length=length, **headers) + body
 
 
 def json_answer(payload, status=200, **headers):
     """A whole answer with a JSON body."""
-    body = json.dumps(payload).encode()
-    return head(status, Content_Type="application/json", Content_Length=len(body), **headers) + body
+    return page(json.dumps(payload).encode(), status, "application/json", **headers)
 
 
 def sse(*payloads, done=True):
@@ -393,6 +358,11 @@ STREAM_HEAD = head(Content_Type=EVENTS, Transfer_Encoding="chunked")
 ONE = b'{"choices":[{"text":"a"}]}'  # the smallest completion, or chunk
 ANSWER = json_answer(completion({}))
 STREAM = event_stream(*chunks({}))
+CHUNKED_JSON_HEAD = head(Content_Type=JSON, Transfer_Encoding="chunked")
+A_CHUNK = chunked(sse(text_chunk("a"), done=False))[:-5]
+ONE_EVENT = STREAM_HEAD + A_CHUNK
+AT_ONCE = RetryConfig(initial_delay=0)
+RETRY = {"retries": RetryConfig(1, initial_delay=0)}
 
 
 def payload(call, data):
@@ -422,12 +392,12 @@ def hang(data=b""):
 
 
 def trickle(data, more):
-    """An answer that goes on, a part every 25 ms, until the client leaves."""
+    """An answer that goes on, a part every 15 ms, until the client leaves."""
 
     def answer(sock):
         sock.sendall(data)
         while True:
-            time.sleep(0.025)
+            time.sleep(0.015)
             sock.sendall(more)
 
     return answer
@@ -480,15 +450,111 @@ class Later:
 # How the tests make calls
 
 
-def outcome(call, prompt="x", **options):
-    """Make a call without retries; return the texts that it gave, and its error or None."""
+def texts_and_error(ask):
+    """Return the texts that a call, or a part of it, gives, and the error that ends it or None."""
     texts = []
     try:
-        result = call(prompt, **{"retries": 0, "timeout": 5, **options})
-        texts.extend(part.text for part in ([result] if call is complete else result))
+        result = ask()
+        texts.extend(part.text for part in ([result] if hasattr(result, "text") else result))
     except FriendliError as error:
         return texts, error
     return texts, None
+
+
+def outcome(call, prompt="x", **options):
+    """Make a call without retries; return the texts that it gave, and its error or None."""
+    options = {"retries": 0, "timeout": 5, **options}
+    return texts_and_error(lambda: call(prompt, **options))
+
+
+def outcome_of(prepared_call):
+    """Complete a prepared call; return the text, or the error."""
+    texts, error = texts_and_error(prepared_call.complete)
+    return error or texts[0]
+
+
+READERS = {complete: friendli_lite._read_completion, stream: friendli_lite._read_chunks}
+
+
+class FakeResponse:
+    """A response of status 200 that no connection brings: its body comes from a list of bytes."""
+
+    is_complete = True
+
+    def __init__(self, pieces=(), **headers):
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.secrets = friendli_lite._Secrets({})
+        self.pieces = iter(pieces)
+
+    def read(self):
+        return next(self.pieces, b"")
+
+    def drain(self):
+        pass
+
+    close = drain
+
+
+def outcome_of_body(call, body, **headers):
+    """Return the texts that a call finds in a body, or in its pieces, and its error or None."""
+    pieces = [body] if isinstance(body, bytes) else body
+    response = FakeResponse(pieces, **{"content_type": MEDIA_TYPES[call], **headers})
+    return texts_and_error(lambda: READERS[call](response))
+
+
+CUT = APIConnectionError("the server closed the connection")
+
+
+class FakeConnection:
+    """Stands for a connection on which pieces of a response arrive, and then an error.
+
+    Without an error, it is a failure of the test to wait for more than the pieces.
+    """
+
+    via = ""
+
+    def __init__(self, pieces, error=None):
+        self.secrets = friendli_lite._Secrets({})
+        self.is_open, self.is_claimed, self.timeouts = True, False, None
+        self._pieces = list(pieces)
+        self._error = error or AssertionError("it waits for more than has come")
+
+    def receive(self, may_end=False):
+        if self._pieces:
+            return self._pieces.pop(0)
+        if may_end and self._error is CUT:
+            return b""
+        raise self._error
+
+    def claim(self):
+        was_claimed, self.is_claimed = self.is_claimed, True
+        return not was_claimed
+
+    def close(self):
+        self.is_open = False
+
+
+def outcome_of_pieces(call, pieces, error=None):
+    """Read a response from a fake connection; return its texts, its error or None, and this.
+
+    A connection that is open then was left to the pool.
+    """
+
+    def read():
+        with contextlib.closing(friendli_lite._Response(connection)) as response:
+            result = READERS[call](response)
+            yield from [result] if call is complete else result
+
+    connection = FakeConnection(pieces, error)
+    texts, error = texts_and_error(read)
+    friendli_lite._pool._idle.pop(connection, None)
+    return texts, error and error.with_traceback(None), connection
+
+
+def deliveries(data):
+    """Two ways for bytes to arrive: at once, and one by one (long ones in parts)."""
+    size = 1 if len(data) < 9999 else 997
+    return [data], [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def prepared(url, retries=None, total_timeout=None, draw=1.0, clock=time.monotonic, **fields):
@@ -514,6 +580,14 @@ def raised(call, **options):
     except Exception as error:
         return error
     raise AssertionError("no error was raised")
+
+
+def setUpModule():
+    """Have the garbage collector, which some tests start, pass over what is there by now."""
+    if hasattr(gc, "freeze"):
+        gc.collect()
+        gc.freeze()
+        unittest.addModuleCleanup(gc.unfreeze)
 
 
 def open_descriptors():
@@ -550,8 +624,16 @@ class TestCase(unittest.TestCase):
     def check_traces(self, warned):
         self.assertNotIn(TOKEN, self.log.getvalue())
         friendli_lite._pool.close()
-        gc.collect(1)
         self.assertEqual([], [str(warning.message) for warning in warned])
+
+    @classmethod
+    def tearDownClass(cls):
+        """Check that no socket is left to the garbage collector, once for all tests of a class."""
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            gc.collect(1)
+        if warned:
+            raise AssertionError(*(str(warning.message) for warning in warned))
 
     def serve(self, *script, **options):
         """Start a stand-in container, and make it the default server."""
@@ -599,15 +681,16 @@ class TestCase(unittest.TestCase):
     @contextlib.contextmanager
     def each(self, scheme, *script):
         """Run a case with a server of this scheme; yield it, and the options for calls of it."""
-        options = {"ssl_context": client_tls()} if scheme == "https" else {}
-        with self.case(scheme, *script):
-            tls = server_tls() if options else None
-            with self.serve(*script, tls=tls) as server:
-                yield server, options
+        tls, options = shared_tls() if scheme == "https" else (None, {})
+        with self.case(scheme, *script), self.serve(*script, tls=tls) as server:
+            yield server, options
 
 
 def shown(error):
-    """All that a report may show of an error, of those behind it, and of frames below this file."""
+    """All that an error tracker may collect of an error, and of those behind it.
+
+    Their texts and fields, and the local variables of frames outside this file, which knows TOKEN.
+    """
     errors, pending = [], [error]
     while pending:
         error = pending.pop()
@@ -653,26 +736,33 @@ def certificates():
     with open(path("config"), "w") as config:
         config.write(OPENSSL_CONFIG)
 
-    def openssl(name, hosts, command):
-        env = {**os.environ, "NAME": name, "HOSTS": hosts}
-        command = ["openssl", *command.format(name=name).split()]
-        subprocess.run(command, cwd=folder.name, env=env, check=True, capture_output=True)
+    def openssl(*commands):
+        """Run commands side by side, each for a name and hosts."""
+        quiet = {"cwd": folder.name, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes = []
+        for name, hosts, command in commands:
+            env = {**os.environ, "NAME": name, "HOSTS": hosts}
+            command = ["openssl", *command.format(name=name).split()]
+            processes.append(subprocess.Popen(command, env=env, **quiet))
+        if sum([process.wait() for process in processes]):
+            raise AssertionError("openssl failed")
 
-    here = "DNS:localhost,IP:127.0.0.1"
+    here, elsewhere = "DNS:localhost,IP:127.0.0.1", "DNS:elsewhere.invalid"
+    leaves = [("server", here, 2), ("expired", here, -1), ("elsewhere", elsewhere, 2)]
     new = "req -config config -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 "
     new += "-keyout {name}.key "
-    openssl("ca", here, new + "-x509 -days 2 -extensions ca -out {name}.pem")
-    openssl("self-signed", here, new + "-x509 -days 2 -extensions leaf -out {name}.pem")
-    sign = "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -extfile config "
-    elsewhere = "DNS:elsewhere.invalid"
-    for name, hosts, days in [
-        ("server", here, 2),
-        ("expired", here, -1),
-        ("elsewhere", elsewhere, 2),
-        ("client", elsewhere, 2),
-    ]:
-        openssl(name, hosts, new + "-new -out {name}.csr")
-        openssl(name, hosts, sign + f"-extensions leaf -days {days} -out {name}.pem")
+    sign = "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -extfile config -extensions leaf "
+    openssl(
+        ("ca", here, new + "-x509 -days 2 -extensions ca -out {name}.pem"),
+        ("self-signed", here, new + "-x509 -days 2 -extensions leaf -out {name}.pem"),
+        *((name, hosts, new + "-new -out {name}.csr") for name, hosts, _ in leaves),
+    )
+    openssl(
+        *(
+            (name, hosts, sign + f"-set_serial {number} -days {days} -out {{name}}.pem")
+            for number, (name, hosts, days) in enumerate(leaves, 1)
+        )
+    )
     return path
 
 
@@ -688,6 +778,12 @@ def server_tls(name="server", client_ca=None):
 
 def client_tls():
     return ssl.create_default_context(cafile=certificates()("ca.pem"))
+
+
+@functools.lru_cache(maxsize=None)
+def shared_tls():
+    """The context of a server, and the option of a call that accepts it."""
+    return server_tls(), {"ssl_context": client_tls()}
 
 
 class Proxy(StandInContainer):
@@ -765,19 +861,6 @@ def exit_status(function):
     return os.waitpid(pid, 0)[1]
 
 
-def run_cli(*arguments, stdin="", python=sys.executable, **env):
-    """Run the command line in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    return subprocess.run(
-        [python, os.path.join(HERE, "friendli_lite.py"), *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**environment, **env},
-    )
-
-
 def exit_status_of_main(arguments):
     """Run the command line in this process; return its exit status, as Python would make it."""
     try:
@@ -791,6 +874,26 @@ def exit_status_of_main(arguments):
     return 0
 
 
+@functools.lru_cache(maxsize=None)
+def text_of(name):
+    """The text of a file of the repository."""
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return file.read()
+
+
+def source():
+    return text_of("friendli_lite.py")
+
+
+def readme():
+    return text_of("README.md")
+
+
+@functools.lru_cache(maxsize=None)
+def syntax_tree():
+    return ast.parse(source())
+
+
 # Errors
 
 
@@ -799,12 +902,9 @@ class ErrorTests(TestCase):
 
     def test_errors_survive_pickling_and_copying(self):
         for error in [
-            FriendliError("text"),
-            APIStatusError("text", **self.DETAILS),
-            APIConnectionError("text"),
-            APITimeoutError("text"),
-            APIResponseError("text", "page"),
-        ]:
+            FriendliError("text"), APIStatusError("text", **self.DETAILS),
+            APIConnectionError("text"), APITimeoutError("text"), APIResponseError("text", "page"),
+        ]:  # fmt: skip
             error.attempts = 3
             pickles = [pickle.dumps(error, n) for n in range(pickle.HIGHEST_PROTOCOL + 1)]
             for twin in [*map(pickle.loads, pickles), copy.copy(error), copy.deepcopy(error)]:
@@ -828,25 +928,22 @@ class ErrorTests(TestCase):
 
     def test_the_fields_of_an_error_are_its_arguments(self):
         for error, fields in [
-            (FriendliError("text"), {}),
-            (APITimeoutError("text"), {}),
+            (FriendliError("text"), {}), (APITimeoutError("text"), {}),
             (APIResponseError("text"), {"body": ""}),
             (APIResponseError("text", "page"), {"body": "page"}),
             (APIStatusError("text", *self.DETAILS.values()), self.DETAILS),
             (APIStatusError("text"), {"status_code": 0, "headers": {}, "body": "", "message": ""}),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(repr(error), fields=fields):
                 self.assertEqual(("text", fields, 0), (str(error), vars(error), error.attempts))
         self.assertIsNot(APIStatusError("a").headers, APIStatusError("b").headers)
 
     def test_errors_are_caught_by_their_base_classes(self):
         bases = {
-            FriendliError: Exception,
-            APIStatusError: FriendliError,
-            APIConnectionError: FriendliError,
-            APITimeoutError: APIConnectionError,
+            FriendliError: Exception, APIStatusError: FriendliError,
+            APIConnectionError: FriendliError, APITimeoutError: APIConnectionError,
             APIResponseError: FriendliError,
-        }
+        }  # fmt: skip
         for kind, base in bases.items():
             self.assertEqual((base,), kind.__bases__)
 
@@ -856,8 +953,7 @@ class ErrorTests(TestCase):
 
 # The fields of the API, by their types in Python
 API_FIELDS = {
-    "str | Sequence[str]": "prompt",
-    "str": "model",
+    "str | Sequence[str]": "prompt", "str": "model",
     "int": "encoder_no_repeat_ngram logprobs max_tokens max_total_tokens min_tokens"
     " min_total_tokens n no_repeat_ngram top_k",
     "int | Sequence[int]": "seed",
@@ -865,12 +961,10 @@ API_FIELDS = {
     " repetition_penalty temperature top_p xtc_probability xtc_threshold",
     "bool": "stream",
     "Sequence[int]": "tokens eos_token forced_output_tokens token_index_to_replace",
-    "Sequence[float]": "embedding_to_replace",
-    "Sequence[str]": "bad_words stop",
+    "Sequence[float]": "embedding_to_replace", "Sequence[str]": "bad_words stop",
     "Sequence[Mapping[str, Sequence[int]]]": "bad_word_tokens stop_tokens",
-    "Mapping[str, bool]": "stream_options",
-    "Mapping[str, Any]": "response_format",
-}
+    "Mapping[str, bool]": "stream_options", "Mapping[str, Any]": "response_format",
+}  # fmt: skip
 
 # A value for each field but tokens
 ALL_FIELDS = json.loads("""{
@@ -897,10 +991,10 @@ class FieldTests(TestCase):
         self.assertEqual(dict.fromkeys(expected), vars(CompletionRequest()))
 
     def test_the_typed_keywords_are_the_fields_of_a_request(self):
-        source = inspect.getsource(friendli_lite)
-        lines = source.splitlines()
-        classes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
-        (keywords,) = (node.body for node in classes if node.name == "_RequestFields")
+        lines = source().splitlines()
+        (keywords,) = (
+            n.body for n in ast.walk(syntax_tree()) if getattr(n, "name", "") == "_RequestFields"
+        )
         found = [
             (item.target.id, lines[item.lineno - 1][item.annotation.col_offset :])
             for item in keywords
@@ -910,7 +1004,8 @@ class FieldTests(TestCase):
 
     def test_each_field_is_described_where_help_shows_it(self):
         for kind in (CompletionRequest, RetryConfig):
-            doc = inspect.getsource(kind).split('"""')[1].partition("Attributes:")[2]
+            doc = source().partition(f"\nclass {kind.__name__}:")[2].split('"""')[1]
+            doc = doc.partition("Attributes:")[2]
             described = re.findall(r"^        (\w+): \S.{10}", doc, re.MULTILINE)
             self.assertEqual([*kind.__annotations__], described)
 
@@ -923,6 +1018,385 @@ class FieldTests(TestCase):
         del tokens["max_tokens"]
         self.assertEqual([ALL_FIELDS, tokens], [request.json for request in server.requests])
         self.assertEqual(33, len({**ALL_FIELDS, **tokens}))
+
+
+# Response types
+
+
+def parse(build, **fields):
+    """Parse a completion, or a chunk, with these fields."""
+    return friendli_lite._parse(FakeResponse(), json.dumps(fields).encode(), build)
+
+
+_completion, _chunk = friendli_lite._completion, friendli_lite._chunk
+PARSERS = {complete: _completion, stream: _chunk}
+
+
+class CompletionTests(TestCase):
+    def test_a_completion_has_all_that_the_server_said(self):
+        self.serve()
+        answer = complete("Say this", logprobs=1, n=2, model="adapter")
+        self.assertEqual((TEXT, "adapter"), (answer.text, answer.model))
+        self.assertEqual([0, 1], [choice.index for choice in answer.choices])
+        logs = friendli_lite.Logprobs(**logprobs([" This", " is", " a", " test", "!"]))
+        self.assertEqual([0, 5, 8, 10, 15], logs.text_offset)
+        choice = friendli_lite.CompletionChoice(1, TEXT, 43, "stop", [0, 1, 2, 3, 4], logs)
+        self.assertEqual(choice, answer.choices[1])
+        self.assertEqual(friendli_lite.Usage(2, 10, 12, {"cached_tokens": 0}), answer.usage)
+        self.assertEqual("text_completion", answer.object)
+        self.assertEqual("cmpl-26a1e10db8544bc3adb488d2d205288b", answer.id)
+        request = {"prompt": "Say this", "logprobs": 1, "n": 2, "model": "adapter"}
+        self.assertEqual(completion(request), answer.raw)
+
+    def test_a_stream_has_all_that_the_server_said(self):
+        self.serve()
+        options = {"max_tokens": 1, "logprobs": 1, "stream_options": {"include_usage": True}}
+        with stream("p", **options) as parts:
+            first, last, usage = parts
+        logs = friendli_lite.Logprobs(**logprobs([" This"]))
+        self.assertEqual([friendli_lite.ChunkChoice(0, " This", 0, None, logs)], first.choices)
+        self.assertEqual(("cmpl-1", "text_completion"), (first.id, first.object))
+        self.assertEqual([friendli_lite.ChunkChoice(0, "", None, "length", None)], last.choices)
+        self.assertEqual((" This", ""), (first.text, last.text))
+        self.assertEqual(([], "", 2), (usage.choices, usage.text, usage.usage.total_tokens))
+        self.assertEqual([(None, 1733382157)] * 2, [(c.usage, c.created) for c in (first, last)])
+        self.assertEqual(1733382157, usage.raw["created"])
+
+    def test_chunks_of_several_choices_come_interleaved(self):
+        self.serve()
+        texts = {0: "", 1: ""}
+        for chunk in stream("p", n=2, max_tokens=2):
+            (choice,) = chunk.choices
+            texts[choice.index] += choice.text
+            self.assertEqual(choice.text if choice.index == 0 else "", chunk.text)
+        self.assertEqual({0: " This is", 1: " This is"}, texts)
+
+    def test_other_fields_are_kept_and_missing_ones_are_none(self):
+        answer = {
+            "choices": [{"text": "t", "finish_reason": "abort", "stop_reason": 3}],
+            "usage": {"total_tokens": 3, "more": 1}, "system_fingerprint": "b1", "raw": {"a": 1},
+            "headers": {"a": "b"}, "error": None,
+        }  # fmt: skip
+        choice = friendli_lite.CompletionChoice(None, "t", None, "abort", [], None)
+        usage = friendli_lite.Usage(None, None, 3, None)
+        expected = friendli_lite.Completion(None, None, [choice], usage, None, answer, {})
+        self.assertEqual(expected, parse(_completion, **answer))
+        part = friendli_lite.ChunkChoice(None, "t", None, "abort", None)
+        expected = friendli_lite.CompletionChunk(None, None, [part], None, usage, answer)
+        self.assertEqual(expected, parse(_chunk, **answer))
+
+    def test_null_is_as_good_as_missing(self):
+        nothing = dict.fromkeys(["index", "seed", "finish_reason", "tokens", "logprobs", "token"])
+        nulls = dict.fromkeys(["id", "object", "usage", "model", "created", "error"])
+        for build in PARSERS.values():
+            bare = parse(build, choices=[{"text": "a"}])
+            full = parse(build, choices=[{"text": "a", **nothing}], **nulls)
+            full.raw = bare.raw
+            self.assertEqual(bare, full)
+        empty = parse(_completion, choices=[{"text": "a", "logprobs": {"tokens": None}}])
+        self.assertEqual(friendli_lite.Logprobs([], [], [], []), empty.choices[0].logprobs)
+
+    def test_text_is_that_of_the_choice_with_index_0(self):
+        first, *others = ([0, 1], "a"), ([1, 0], "b"), ([2, 1, 0], "c"), ([None, None], "a")
+        for indexes, expected in [first, *others, ([1, 2], ""), ([1], ""), ([], "")]:
+            for build in PARSERS.values():
+                with self.subTest(indexes, build=build.__name__):
+                    choices = [{"index": i, "text": text} for i, text in zip(indexes, "abc")]
+                    self.assertEqual(expected, parse(build, choices=choices).text)
+
+    def test_no_finish_reason_is_none_however_it_is_spelled(self):
+        for spelled, expected in [(None, None), ("null", None), ("", None), ("eos", "eos")]:
+            for build in PARSERS.values():
+                with self.subTest(spelled, build=build.__name__):
+                    answer = parse(build, choices=[{"text": "t", "finish_reason": spelled}])
+                    self.assertEqual(expected, answer.choices[0].finish_reason)
+
+    def test_a_chunk_may_lack_a_text_only_at_the_end_or_with_usage(self):
+        usage = {"total_tokens": 3}
+        for fields, choice, is_taken in [
+            ({}, {"index": 0, "finish_reason": "stop"}, True),
+            ({}, {"text": None, "finish_reason": "length"}, True),
+            ({"usage": usage}, {"index": 0}, True),
+            ({"usage": {}}, {"text": None, "finish_reason": None}, True),
+            ({}, {"index": 0}, False), ({"usage": None}, {"index": 0}, False),
+            ({}, {"index": 0, "finish_reason": "null"}, False),
+            ({}, {"index": 0, "finish_reason": ""}, False), ({"usage": usage}, {"text": 7}, False),
+        ]:  # fmt: skip
+            with self.subTest(choice, **fields):
+                texts, error = outcome_of_body(stream, sse({"choices": [choice], **fields}))
+                self.assertEqual([""] if is_taken else [], texts)
+                self.assertIs(type(None) if is_taken else APIResponseError, type(error))
+                data = json.dumps({"choices": [choice], **fields}).encode()
+                self.assertIs(APIResponseError, type(outcome_of_body(complete, data)[1]))
+
+    def test_the_shape_of_chat_is_an_error_that_says_so(self):
+        message = {"content": "hi", "role": "assistant"}
+        for choice in [
+            {"message": message},
+            {"index": 0, "message": message, "finish_reason": "stop"},
+            {"delta": {"content": "hi"}}, {"delta": {}, "finish_reason": "stop"},
+            {"text": None, "delta": None},
+        ]:  # fmt: skip
+            answer = {"choices": [choice], "usage": {"total_tokens": 3}}
+            for call in MEDIA_TYPES:
+                with self.subTest(choice, call=call.__name__):
+                    data = json.dumps(answer).encode()
+                    texts, error = outcome_of_body(call, payload(call, data))
+                    self.assertEqual(([], APIResponseError), (texts, type(error)))
+                    self.assertIn("it has the shape of chat, another endpoint", str(error))
+                    self.assertEqual(data.decode(), error.body)
+        self.serve(json_answer({"choices": [{"message": message}]}))
+        self.check_error(APIResponseError, self.failure(APIResponseError), "shape of chat")
+        for call in MEDIA_TYPES:  # what also has a text is a completion
+            data = json.dumps({"choices": [{"text": "a", "message": message}]}).encode()
+            self.assertEqual((["a"], None), outcome_of_body(call, payload(call, data)))
+
+    def test_the_headers_of_a_response_are_kept(self):
+        headers = {"X_Request_Id": "Ab-1", "X_RateLimit_Remaining": "7"}
+        server = self.serve(json_answer(completion({}), **headers))
+        answer = complete("p")
+        self.assertEqual("Ab-1", answer.headers["x-request-id"])
+        self.assertEqual("7", answer.headers["x-ratelimit-remaining"])
+        self.assertEqual("application/json", answer.headers["content-type"])
+        self.assertNotIn("Ab-1", repr(answer))
+        self.assertNotIn("raw", repr(answer))
+        twin = pickle.loads(pickle.dumps(answer))
+        self.assertEqual((answer, answer.headers), (twin, twin.headers))
+        self.assertEqual(answer.raw, twin.raw)
+        twin.headers = {}
+        self.assertEqual(answer, twin)
+        server.script(
+            head(Content_Type=EVENTS, Transfer_Encoding="chunked", **headers)
+            + chunked(sse(text_chunk("a")))
+        )
+        with stream("p") as chunks:
+            self.assertEqual("Ab-1", chunks.headers["x-request-id"])
+            (chunk,) = chunks
+            self.assertEqual(chunk, pickle.loads(pickle.dumps(chunk)))
+            self.assertNotIn("raw", repr(chunk))
+        self.assertEqual("7", chunks.headers["x-ratelimit-remaining"])
+
+    def test_the_headers_of_a_stream_are_those_of_its_last_attempt(self):
+        first = head(Content_Type=EVENTS, Transfer_Encoding="chunked", X="1")
+        second = head(Content_Type=EVENTS, Transfer_Encoding="chunked", X="2")
+        self.serve(then_close(first), second + chunked(sse(text_chunk("a"))))
+        with stream("p", retries=AT_ONCE) as chunks:
+            self.assertEqual("1", chunks.headers["x"])
+            self.assertEqual(["a"], [chunk.text for chunk in chunks])
+            self.assertEqual("2", chunks.headers["x"])
+
+
+# The two calls: the stream
+
+
+def leave_block(chunks):
+    with chunks:
+        next(chunks)
+
+
+def next_in_thread(chunks):
+    """Have another thread wait for a chunk; return what to call for its outcome."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(next, chunks)
+    executor.shutdown(wait=False)
+    while not chunks._chunks.gi_running:
+        time.sleep(0.001)
+    return lambda: future.exception(5) or future.result()
+
+
+CLOSED = "another thread closed the stream"
+
+
+class StreamTests(TestCase):
+    def test_a_stream_is_a_generator_and_a_context_manager(self):
+        self.serve()
+        with stream("p") as chunks:
+            self.assertIsInstance(chunks, collections.abc.Generator)
+            self.assertIs(CompletionStream, type(chunks))
+            self.assertIs(chunks, iter(chunks))
+            self.assertEqual([" This", " is"], [next(chunks).text, chunks.send(None).text])
+        self.assertRaises(StopIteration, next, chunks)
+        self.assertRaises(StopIteration, chunks.send, None)
+        self.assertEqual([], list(chunks))
+
+    def test_an_error_thrown_in_closes_the_stream_and_comes_out(self):
+        server = self.serve()
+        for error in [KeyError("thrown"), APIConnectionError("thrown"), KeyboardInterrupt()]:
+            for read in (id, next):
+                with self.subTest(repr(error), read=read.__name__), stream("p") as chunks:
+                    read(chunks)
+                    with self.assertRaises(type(error)) as caught:
+                        chunks.throw(error)
+                    self.assertIs(error, caught.exception)
+                    self.assertEqual([], list(chunks))
+        with stream("p") as chunks, self.assertRaises(KeyError):
+            chunks.throw(KeyError)
+        self.assertEqual((7, 7), (len(server.requests), server.connections))
+
+    def test_a_refused_request_raises_at_the_call(self):
+        self.serve(json_answer({"error": "no"}, 422))
+        self.assertRaises(APIStatusError, stream, "p")
+
+    def test_chunks_arrive_while_the_server_still_sends(self):
+        acknowledged = threading.Semaphore(0)
+
+        def answer(sock):
+            sock.sendall(head(Content_Type=EVENTS, Connection="close"))
+            for text in "abc":
+                sock.sendall(sse(text_chunk(text), done=False))
+                if not acknowledged.acquire(timeout=5):
+                    return CLOSE  # the client waits for more than an event
+            sock.sendall(b"data: [DONE]\n\n")
+            return CLOSE
+
+        self.serve(answer)
+        texts = []
+        for chunk in stream("p"):
+            texts.append(chunk.text)
+            acknowledged.release()
+        self.assertEqual(["a", "b", "c"], texts)
+
+    @unittest.skipUnless(os.path.isdir("/dev/fd"), "there is no folder of open descriptors")
+    def test_streams_left_in_every_way_leave_no_descriptor_open(self):
+        ways = {
+            "left before its start": id,
+            "left in its middle": next,
+            "closed before its start": CompletionStream.close,
+            "closed in its middle": lambda chunks: (next(chunks), chunks.close()),
+            "closed twice": lambda chunks: (next(chunks), chunks.close(), chunks.close()),
+            "closed by its block": leave_block,
+            "ended by an exception": lambda chunks: (next(chunks), chunks.throw(KeyError())),
+            "ended by Ctrl-C": lambda chunks: (next(chunks), chunks.throw(KeyboardInterrupt())),
+            "read to its end": list,
+        }
+        is_counted = sys.implementation.name == "cpython"  # else collection comes when it comes
+        gc.disable()  # it would hide what is not let go at once
+        self.addCleanup(gc.enable)
+        before = open_descriptors()
+        answer = event_stream(text_chunk("a"), text_chunk("a"))
+        with self.serve(*[answer] * 25 * len(ways)) as server:
+            for name, leave in ways.items():
+                with self.case(name):
+                    for _ in range(25):
+                        chunks = stream("x")
+                        with contextlib.suppress(KeyError, KeyboardInterrupt):
+                            leave(chunks)
+                        if not name.startswith("left"):
+                            self.assertEqual([], list(chunks))
+                        del chunks
+            if not is_counted:
+                gc.collect()
+        friendli_lite._pool.close()
+        self.assertEqual(before, open_descriptors())
+        self.assertEqual(25 * len(ways), len(server.requests))
+
+    def test_its_repr_shows_no_token(self):
+        self.serve()
+        with stream("p") as chunks:
+            self.assertNotIn(TOKEN, repr(chunks) + repr(chunks._call) + repr(chunks._call.response))
+
+
+class ClosedMeanwhileTests(TestCase):
+    """Another thread closes a stream, in each phase of it."""
+
+    def close_elsewhere(self, chunks):
+        thread = threading.Thread(target=chunks.close)
+        thread.start()
+        thread.join(5)
+        self.assertFalse(thread.is_alive())
+
+    def check_closed(self, error, attempts):
+        self.check_error(APIConnectionError, error, f": {CLOSED}")
+        self.assertEqual(attempts, error.attempts)
+
+    def prepared_stream(self, server):
+        call, _ = prepared(server.url, stream=True)
+        call.open()
+        return call, CompletionStream(call)
+
+    def test_before_anything_was_sent(self):
+        with self.serve() as server:
+            call, _ = prepared(server.url, stream=True)
+            call.abort()
+            with self.assertRaises(APIConnectionError) as caught:
+                call.open()
+            self.check_closed(caught.exception, attempts=0)
+            self.assertEqual(0, server.connections)
+
+    def test_before_its_start_between_chunks_and_after_its_end(self):
+        for read in (id, next, list):
+            with self.case(read.__name__), self.serve() as server, stream("p") as chunks:
+                read(chunks)
+                self.close_elsewhere(chunks)
+                self.assertEqual([], list(chunks))
+                self.assertEqual(1, len(server.requests))
+
+    def test_while_a_chunk_is_waited_for(self):
+        """Over TLS by the socket below: SSLSocket.shutdown() would make it a plain one first."""
+        for scheme, start in itertools.product(["http", "https"], [STREAM_HEAD, ONE_EVENT]):
+            with self.each(scheme, hang(start)) as (server, options), self.within(2):
+                chunks = stream("p", retries=3, timeout=5, **options)
+                if start == ONE_EVENT:
+                    next(chunks)
+                result = next_in_thread(chunks)
+                time.sleep(0.01)  # until it waits for the socket
+                with mock.patch.object(ssl.SSLSocket, "shutdown") as shutdown:
+                    chunks.close()
+                    self.check_closed(result(), attempts=1)
+                self.assertFalse(shutdown.called)
+                self.assertEqual([], list(chunks))
+                self.assertEqual(1, len(server.requests))
+
+    def test_while_a_retry_is_delayed(self):
+        with self.serve(then_close(STREAM_HEAD)) as server:
+            call, chunks = self.prepared_stream(server)
+            call.sleep = lambda seconds: self.close_elsewhere(chunks)
+            with self.assertRaises(APIConnectionError) as caught:
+                next(chunks)
+            self.check_closed(caught.exception, attempts=1)
+            self.assertEqual(1, len(server.requests))
+
+    def test_while_the_head_of_a_retry_is_waited_for(self):
+        closing = []
+        for answer in (hang(STREAM_HEAD), json_answer({}, 503), fin):
+
+            def close_first(sock, answer=answer):
+                closing.pop().close()
+                return answer(sock) if callable(answer) else sock.sendall(answer)
+
+            with self.case(answer), self.serve(then_close(STREAM_HEAD), close_first) as server:
+                _, chunks = self.prepared_stream(server)
+                closing.append(chunks)
+                with self.assertRaises(APIConnectionError) as caught:
+                    next(chunks)
+                self.check_closed(caught.exception, attempts=2)
+                self.assertEqual(2, len(server.requests))
+
+    def test_a_connection_that_was_released_is_left_alone(self):
+        def close_and_look(seconds):
+            (idle,) = friendli_lite._pool._idle
+            self.close_elsewhere(chunks)
+            self.assertTrue(idle.is_alive())
+
+        with self.serve(then_close(STREAM_HEAD), json_answer({}, 503)) as server:
+            call, chunks = self.prepared_stream(server)
+            sleeps = iter([lambda seconds: None, close_and_look])
+            call.sleep = lambda seconds: next(sleeps)(seconds)
+            with self.assertRaises(APIConnectionError) as caught:
+                next(chunks)
+            self.check_closed(caught.exception, attempts=2)
+            self.assertEqual(2, len(server.requests))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_a_forked_child_does_not_end_the_wait_of_its_parent(self):
+        later = Later(STREAM_HEAD, chunked(sse(text_chunk("b"))))
+        with self.serve(later):
+            chunks = stream("p")
+            result = next_in_thread(chunks)
+            self.assertEqual(0, exit_status(chunks.close))
+            later.now()
+            self.assertEqual("b", result().text)
+            self.assertEqual([], list(chunks))
 
 
 # Building the request
@@ -940,11 +1414,9 @@ class BodyTests(TestCase):
         p = {"prompt": "p"}
         new = {"a": {"b": [None]}, "c": 1}
         for request, fields, expected in [
-            ("p", {}, p),
-            ("", {}, {"prompt": ""}),
+            ("p", {}, p), ("", {}, {"prompt": ""}),
             (None, {"prompt": ["p", "q"]}, {"prompt": ["p", "q"]}),
-            (None, {"tokens": []}, {"tokens": []}),
-            (p, {"n": 1}, {**p, "n": 1}),
+            (None, {"tokens": []}, {"tokens": []}), (p, {"n": 1}, {**p, "n": 1}),
             (mapping, {"n": 1, "seed": None}, {**p, "n": 1}),
             (mapping, {"n": None}, p),
             (mapping, {"stop": ("a", "b")}, {**p, "n": 2, "stop": ["a", "b"]}),
@@ -953,7 +1425,7 @@ class BodyTests(TestCase):
             (template, {**p, "extra_body": {}, "max_tokens": None}, p),
             (CompletionRequest(tokens=[1]), {"extra_body": new}, {"tokens": [1], **new}),
             ("p", {"temperature": 0, "seed": 0}, {**p, "temperature": 0, "seed": 0}),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(request=request, fields=fields):
                 self.assertEqual(expected, body(request, **fields))
                 self.assertEqual({**expected, "stream": True}, body(request, True, **fields))
@@ -975,11 +1447,10 @@ class BodyTests(TestCase):
     def test_any_text_can_be_a_prompt(self):
         server = self.serve()
         for name, prompt in [
-            ("empty", ""),
-            ("lone surrogates", "a\ud800b\udcff"),
+            ("empty", ""), ("lone surrogates", "a\ud800b\udcff"),
             ("other characters", "\0\x7f\u2028\u00e9\U0001f600"),
             ("2 MB", "0123456789" * 200_000),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(name):
                 self.assertEqual(TEXT, complete(prompt).text)
                 self.assertTrue(server.requests.pop().json["prompt"] == prompt)  # no diff of 2 MB
@@ -993,19 +1464,13 @@ class BodyTests(TestCase):
 
     def test_an_unknown_field_is_named_with_a_hint(self):
         for name, hint in {
-            "max_token": "did you mean 'max_tokens'?",
-            "top_kk": "did you mean 'top_k'?",
-            "time_out": "did you mean 'timeout='?",
-            "foo": "extra_body takes new ones",
-            "best_of": "extra_body takes new ones",
-            "api_key": "use token=",
-            "base_url": "use server_url=",
-            "extra_headers": "use headers=",
-            "http_headers": "use headers=",
-            "max_completion_tokens": "use max_tokens=",
-            "timeout_ms": "use timeout=, in seconds",
-            "messages": "chat is left out; pass a prompt",
-        }.items():
+            "max_token": "did you mean 'max_tokens'?", "top_kk": "did you mean 'top_k'?",
+            "time_out": "did you mean 'timeout='?", "foo": "extra_body takes new ones",
+            "best_of": "extra_body takes new ones", "api_key": "use token=",
+            "base_url": "use server_url=", "extra_headers": "use headers=",
+            "http_headers": "use headers=", "max_completion_tokens": "use max_tokens=",
+            "timeout_ms": "use timeout=, in seconds", "messages": "chat is left out; pass a prompt",
+        }.items():  # fmt: skip
             message = f"unknown field {name!r}; {hint}"
             self.check_mistake(TypeError, message, "p", **{name: None})
             self.check_mistake(TypeError, message, {name: 1})
@@ -1050,10 +1515,8 @@ class BodyTests(TestCase):
         self.serve()
         arguments = {
             "request": {"prompt": "p", "extra_body": {"z": {"y": 1}}, "n": None},
-            "headers": {"x-a": "b"},
-            "stop": ["a"],
-            "stream_options": {"include_usage": True},
-        }
+            "headers": {"x-a": "b"}, "stop": ["a"], "stream_options": {"include_usage": True},
+        }  # fmt: skip
         before = copy.deepcopy(arguments)
         complete(**arguments)
         list(stream(**arguments))
@@ -1062,31 +1525,24 @@ class BodyTests(TestCase):
         before = copy.deepcopy(request)
         list(stream(request, n=1))
         self.assertEqual(before, request)
+        self.assertEqual(request, pickle.loads(pickle.dumps(request)))
 
 
 class URLTests(TestCase):
     def test_a_server_url_takes_prefixes_slashes_and_v1(self):
         api = "https://api.friendli.ai/serverless"
         for url, expected in {
-            "http://h": "http://h",
-            "http://h:80/": "http://h:80",
-            "HTTP://h:/": "http://h",
-            "HTTPS://h/v1": "https://h",
-            "https://h/V1/Completions": "https://h",
-            "http://h/v1/completions///": "http://h",
-            "http://h//v1//completions": "http://h",
-            "http://h/a/b/v1/": "http://h/a/b",
-            "http://h/v1/v1": "http://h/v1",
-            "http://h/v1x": "http://h/v1x",
-            "http://h/completions": "http://h/completions",
-            "http://h/%41;b=c,d": "http://h/%41;b=c,d",
-            "http://[::1]:8000": "http://[::1]:8000",
+            "http://h": "http://h", "http://h:80/": "http://h:80", "HTTP://h:/": "http://h",
+            "HTTPS://h/v1": "https://h", "https://h/V1/Completions": "https://h",
+            "http://h/v1/completions///": "http://h", "http://h//v1//completions": "http://h",
+            "http://h/a/b/v1/": "http://h/a/b", "http://h/v1/v1": "http://h/v1",
+            "http://h/v1x": "http://h/v1x", "http://h/completions": "http://h/completions",
+            "http://h/%41;b=c,d": "http://h/%41;b=c,d", "http://[::1]:8000": "http://[::1]:8000",
             "http://[2001:DB8::1.2.3.4]": "http://[2001:DB8::1.2.3.4]",
             "http://127.0.0.1:1": "http://127.0.0.1:1",
             "http://a_b.c-d.example.:65535": "http://a_b.c-d.example.:65535",
-            f"http://{'a' * 63}.b": f"http://{'a' * 63}.b",
-            api: api,
-        }.items():
+            f"http://{'a' * 63}.b": f"http://{'a' * 63}.b", api: api,
+        }.items():  # fmt: skip
             with self.subTest(url):
                 self.assertEqual(f"{expected}/v1/completions", friendli_lite._completions_url(url))
 
@@ -1165,13 +1621,12 @@ class HeaderTests(TestCase):
                     line = f"{request.method} {request.path}"
                     self.assertEqual(f"POST {path}/v1/completions", line)
                     expected = {
-                        "accept": media_type,
-                        "accept-encoding": "identity",
+                        "accept": media_type, "accept-encoding": "identity",
                         "content-type": "application/json",
                         "content-length": str(len(request.body)),
                         "host": f"127.0.0.1:{server.port}",
                         "user-agent": f"friendli_lite/{friendli_lite.__version__}",
-                    }
+                    }  # fmt: skip
                     if path:
                         expected["authorization"] = f"Bearer {TOKEN}"
                         expected["x-friendli-team"] = "my-team"
@@ -1180,17 +1635,11 @@ class HeaderTests(TestCase):
 
     def test_a_token_is_that_of_the_argument_or_of_the_environment(self):
         for variable, argument, expected in [
-            (TOKEN, None, TOKEN),
-            (f" {TOKEN}\r\n", None, TOKEN),
-            (TOKEN, "other", "other"),
-            (TOKEN, "\tother\n", "other"),
-            (TOKEN, "", None),
-            (TOKEN, " \n", None),
-            ("", None, None),
-            (None, None, None),
-            (None, "other", "other"),
+            (TOKEN, None, TOKEN), (f" {TOKEN}\r\n", None, TOKEN), (TOKEN, "other", "other"),
+            (TOKEN, "\tother\n", "other"), (TOKEN, "", None), (TOKEN, " \n", None),
+            ("", None, None), (None, None, None), (None, "other", "other"),
             ("\n", "a b~!", "a b~!"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(variable=variable, argument=argument):
                 environment = {} if variable is None else {"FRIENDLI_TOKEN": variable}
                 with mock.patch.dict(os.environ, environment, clear=True):
@@ -1200,12 +1649,8 @@ class HeaderTests(TestCase):
     def test_extra_headers_override_those_of_the_client(self):
         server = self.serve()
         ours = {
-            "AUTHORIZATION": "Basic x",
-            "accept": "a/b",
-            "user-Agent": "me",
-            "host": "",
-            "X": "",
-        }
+            "AUTHORIZATION": "Basic x", "accept": "a/b", "user-Agent": "me", "host": "", "X": "",
+        }  # fmt: skip
         complete("p", headers=ours)
         (request,) = server.requests
         ours = {name.lower(): value for name, value in ours.items()}
@@ -1266,29 +1711,24 @@ class MistakeTests(TestCase):
         (TypeError, "ssl_context must be SSLContext or NoneType, not str", {"ssl_context": ""}),
     ]
 
-    def test_mistakes_are_named_before_anything_is_sent(self):
+    def test_mistakes_are_named_unsent_and_show_no_credential(self):
         server = self.serve()
-        for kind, message, fields in self.MISTAKES:
-            for call in MEDIA_TYPES:
-                with self.subTest(message, call=call.__name__):
-                    with self.assertRaises(kind) as caught:
-                        call("p", **fields)
-                    self.assertIn(message, str(caught.exception))
-                    self.assertNotIn(TOKEN, str(caught.exception))
-        self.assertEqual(0, server.connections)
-
-    def test_no_frame_of_a_mistake_shows_a_credential(self):
         credentials = {"token": TOKEN, "headers": {"X-Api-Key": TOKEN, "Cookie": TOKEN}}
-        for kind, message, fields in self.MISTAKES:
-            for call in MEDIA_TYPES:
-                with self.subTest(message, call=call.__name__):
-                    error = raised(call, **{**credentials, **fields})
-                    self.assertIs(kind, type(error))
-                    names = [f.f_code.co_name for f, _ in traceback.walk_tb(error.__traceback__)]
-                    self.assertEqual(["raised", call.__name__, "_prepare"], names)
-                    if "user:password" not in message:  # it stands in the argument server_url
-                        self.assertNotIn(TOKEN, shown(error))
-                    self.assertIsNone(error.__context__)
+        for (kind, message, fields), call in itertools.product(self.MISTAKES, MEDIA_TYPES):
+            with self.subTest(message, call=call.__name__):
+                error = raised(call, **{**credentials, **fields})
+                self.assertIs(kind, type(error))
+                self.assertIn(message, str(error))
+                self.assertNotIn(TOKEN, str(error))
+                names = [f.f_code.co_name for f, _ in traceback.walk_tb(error.__traceback__)]
+                self.assertEqual(["raised", call.__name__, "_prepare"], names)
+                if "user:password" not in message:  # it stands in the argument server_url
+                    self.assertNotIn(TOKEN, shown(error))
+                self.assertIsNone(error.__context__)
+        for token in (f"{TOKEN}\n.", f"{TOKEN}\r\nX: y", f"\x01{TOKEN}", f"{TOKEN}\x7f"):
+            os.environ["FRIENDLI_TOKEN"] = token
+            self.check_error(ValueError, raised(complete), "token has a character")
+        self.assertEqual(0, server.connections)
 
     def test_the_two_calls_have_the_same_parameters(self):
         names = ["request", "server_url", "token", "retries", "total_timeout", "headers"]
@@ -1300,14 +1740,6 @@ class MistakeTests(TestCase):
 
 
 # Sending with retries
-
-
-def outcome_of(call):
-    """Complete a prepared call; return the text, or the error."""
-    try:
-        return call.complete().text
-    except FriendliError as error:
-        return error
 
 
 class TimeoutsTests(TestCase):
@@ -1322,10 +1754,8 @@ class TimeoutsTests(TestCase):
     def test_a_socket_may_wait_for_the_shorter_of_both_limits(self):
         timeouts = self.timeouts(0.25, 1.0)
         for now, elapsed, remaining, seconds in [
-            (100.0, 0.0, 1.0, 0.25),
-            (100.75, 0.75, 0.25, 0.25),
-            (100.875, 0.875, 0.125, 0.125),
-        ]:
+            (100.0, 0.0, 1.0, 0.25), (100.75, 0.75, 0.25, 0.25), (100.875, 0.875, 0.125, 0.125),
+        ]:  # fmt: skip
             with self.subTest(now):
                 self.clock.return_value = now
                 found = timeouts.elapsed(), timeouts.remaining(), timeouts.for_socket()
@@ -1362,27 +1792,14 @@ class TimeoutsTests(TestCase):
 
     def test_none_is_no_limit_and_large_numbers_are_as_good(self):
         for timeout, total_timeout, expected in [
-            (None, None, (1e6, 1e6)),
-            (float("inf"), float("inf"), (1e6, 1e6)),
-            (10**400, 10**400, (1e6, 1e6)),
-            (1e300, 5, (1e6, 5)),
-            (0.5, None, (0.5, 1e6)),
+            (None, None, (1e6, 1e6)), (float("inf"), float("inf"), (1e6, 1e6)),
+            (10**400, 10**400, (1e6, 1e6)), (1e300, 5, (1e6, 5)), (0.5, None, (0.5, 1e6)),
             (3, -1.5, (3, -1.5)),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(timeout=timeout):
                 timeouts = friendli_lite._build_timeouts(timeout, total_timeout)
                 self.assertEqual(expected, (timeouts.timeout, timeouts.total_timeout))
                 self.assertIs(time.monotonic, timeouts.clock)
-
-    def test_a_spent_budget_sends_nothing(self):
-        server = self.serve()
-        for seconds in (0.0, -1.5):
-            call, waits = prepared(server.url, clock=lambda: 0.0)
-            call.timeouts.total_timeout = seconds
-            message = f"the request was not sent: total_timeout={seconds:.3g} s was spent"
-            self.check_error(APITimeoutError, outcome_of(call), message)
-            self.assertEqual((0, []), (call.attempts, waits))
-        self.assertEqual(0, server.connections)
 
     def test_the_budget_is_looked_at_after_parsing(self):
         decode = friendli_lite._decode_json
@@ -1416,10 +1833,9 @@ class SendingTests(TestCase):
 
     def test_delays_grow_to_max_delay_with_full_jitter(self):
         for draw, expected in [
-            (1.0, [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]),
-            (0.5, [0.25, 0.5, 1.0, 2.0, 4.0, 4.0]),
+            (1.0, [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]), (0.5, [0.25, 0.5, 1.0, 2.0, 4.0, 4.0]),
             (0.0, [0.0] * 6),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(draw):
                 waits, error = self.waits(*[json_answer({}, 503)] * 7, retries=6, draw=draw)
                 self.assertEqual(expected, waits)
@@ -1478,12 +1894,6 @@ class SendingTests(TestCase):
             self.assertEqual(503, outcome_of(call).status_code)
         self.assertEqual([0.5, 1.0, 2.0], waits)
 
-    def test_a_response_that_cannot_be_read_is_not_asked_for_again(self):
-        for answer in [json_answer({"choices": None}), b"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n"]:
-            with self.subTest(answer):
-                waits, error = self.waits(answer)
-                self.assertEqual(([], APIResponseError), (waits, type(error)))
-
     def test_broken_connections_are_tried_again_where_wanted(self):
         cut = then_close(JSON_HEAD + b"{")
         waits, result = self.waits(cut, cut)
@@ -1494,18 +1904,19 @@ class SendingTests(TestCase):
     def test_a_timeout_is_tried_again_only_where_nothing_was_sent(self):
         with contextlib.ExitStack() as stack:
             full, silent = listener(stack, backlog=0), listener(stack)
-            asked = {"retry_timeouts": True}
+            asked, late = {"retry_timeouts": True}, "no response: no data received for timeout="
             cases = [
-                ("connecting", full, {}, 2, "cannot connect within 0.05 s (timeout)"),
+                ("connecting", full, {}, 2, "cannot connect within 0.03 s (timeout)"),
                 ("connecting", full, {"retry_connection_errors": False}, 1, "cannot connect"),
-                ("waiting", silent, {}, 1, "no response: no data received for timeout=0.05 s"),
-                ("waiting", silent, asked, 2, "no response: no data received for timeout=0.05 s"),
+                ("the handshake", silent.replace("http", "https"), {}, 2, "cannot connect within"),
+                ("waiting", silent, {}, 1, late), ("waiting", silent, asked, 2, late),
                 ("cut short", self.serve(hang(JSON_HEAD)).url, {}, 1, "the response was cut short"),
-            ]
+            ]  # fmt: skip
 
             def check(url, config):
                 retries = RetryConfig(1, initial_delay=0, **config)
-                return outcome(complete, server_url=url, retries=retries, timeout=0.05)[1]
+                options = {"retries": retries, "timeout": 0.03, "ssl_context": NO_CAS}
+                return outcome(complete, server_url=url, **options)[1]
 
             with ThreadPoolExecutor(len(cases)) as executor:
                 errors = list(executor.map(check, *zip(*[case[1:3] for case in cases])))
@@ -1516,49 +1927,24 @@ class SendingTests(TestCase):
 
     def test_a_stream_is_tried_again_until_its_first_event(self):
         server = self.serve(
-            json_answer({}, 503),
-            then_close(event_stream(done=False)),
+            json_answer({}, 503), then_close(event_stream(done=False)),
             then_close(head(Content_Type=EVENTS, Connection="close") + b": ping\n\ndata: {"),
-        )
-        with stream("p", retries=RetryConfig(initial_delay=0)) as chunks:
+        )  # fmt: skip
+        with stream("p", retries=AT_ONCE) as chunks:
             self.assertEqual(2, len(server.requests))
             self.assertEqual(TEXT, "".join(chunk.text for chunk in chunks))
         self.assertEqual(4, len(server.requests))
 
     def test_a_stream_is_never_tried_again_after_its_first_event(self):
         server = self.serve(then_close(event_stream(text_chunk("a"), done=False)))
-        texts, error = outcome(stream, retries=RetryConfig(initial_delay=0))
+        texts, error = outcome(stream, retries=AT_ONCE)
         self.assertEqual((["a"], 1, 1), (texts, error.attempts, len(server.requests)))
         self.check_error(APIConnectionError, error, server.url)
-
-    def test_each_step_is_logged_without_the_prompt(self):
-        for call, fields in [(complete, {}), (stream, {"stream": True})]:
-            with self.serve(json_answer({"message": TOKEN}, 503)) as server:
-                with self.assertLogs("friendli_lite", "DEBUG") as logs:
-                    prepared_call, _ = prepared(server.url, **fields)
-                    if call is complete:
-                        prepared_call.complete()
-                    else:
-                        prepared_call.open()
-                        list(CompletionStream(prepared_call))
-                post = f"POST {server.url}/v1/completions: "
-                seconds = r"after \d+\.\d{3} s"
-                expected = [
-                    f"DEBUG:friendli_lite:{post}status 503 {seconds}",
-                    rf"INFO:friendli_lite:{post}the server responded with 503 Reason: \*\*\*;"
-                    r" retry 1 of 3 in 0\.50 s",
-                    f"DEBUG:friendli_lite:{post}status 200 {seconds}",
-                    f"DEBUG:friendli_lite:{post}done {seconds}",
-                ]
-                for pattern, line in zip(expected, logs.output):
-                    self.assertRegex(line, rf"\A{pattern}\Z")
-                self.assertEqual(len(expected), len(logs.output))
-            friendli_lite._pool.close()
 
     def test_whether_a_request_was_sent_is_that_of_the_last_attempt(self):
         with contextlib.ExitStack() as stack:
             full = listener(stack, backlog=0)
-            stack.enter_context(mock.patch.object(friendli_lite, "_MAX_CONNECT_SECONDS", 0.02))
+            stack.enter_context(mock.patch.object(friendli_lite, "_MAX_CONNECT_SECONDS", 0.01))
             call, _ = prepared(self.serve(fin).url, retries=2)
             call.sleep = lambda seconds: setattr(call, "url", full)
             error = outcome_of(call)
@@ -1571,15 +1957,11 @@ class SendingTests(TestCase):
 class RetryConfigTests(TestCase):
     def test_its_defaults_are_those_that_the_documentation_names(self):
         expected = {
-            "max_retries": 3,
-            "initial_delay": 0.5,
-            "max_delay": 8.0,
-            "multiplier": 2.0,
+            "max_retries": 3, "initial_delay": 0.5, "max_delay": 8.0, "multiplier": 2.0,
             "max_retry_after": 60.0,
             "status_codes": (408, 429, 500, 502, 503, 520, 521, 522, 523, 529),
-            "retry_connection_errors": True,
-            "retry_timeouts": False,
-        }
+            "retry_connection_errors": True, "retry_timeouts": False,
+        }  # fmt: skip
         self.assertEqual(expected, vars(RetryConfig()))
         self.assertEqual(RetryConfig(), pickle.loads(pickle.dumps(RetryConfig())))
         with self.assertRaises(dataclasses.FrozenInstanceError):
@@ -1591,9 +1973,8 @@ class RetryConfigTests(TestCase):
             dict.fromkeys(("initial_delay", "max_delay", "multiplier"), sys.float_info.max),
             {"max_retries": 10**9, "max_retry_after": 1e18},
             *({"status_codes": kind([429])} for kind in (list, tuple, set, frozenset)),
-            {"status_codes": range(500, 600)},
-            {"status_codes": ()},
-        ]:
+            {"status_codes": range(500, 600)}, {"status_codes": ()},
+        ]:  # fmt: skip
             with self.subTest(fields):
                 config = RetryConfig(**fields)
                 self.assertEqual(fields, {name: getattr(config, name) for name in fields})
@@ -1606,10 +1987,9 @@ class RetryConfigTests(TestCase):
                 message = f"{name} must be {kind}, not {type(value).__name__}"
                 self.refuse(TypeError, message, **{name: value})
             for value in (
-                -1,
-                10**400,
+                -1, 10**400,
                 *([float("inf"), float("nan"), -0.5] if kind != "int" else ()),
-            ):
+            ):  # fmt: skip
                 message = f"{name} must be finite and not negative, not {value}"
                 self.refuse(ValueError, message, **{name: value})
         self.refuse(TypeError, "max_retries must be int, not float", max_retries=2.5)
@@ -1645,11 +2025,9 @@ class RetryDecisionTests(TestCase):
     def test_a_timeout_of_a_gateway_is_a_timeout(self):
         for status in (504, 524):
             for config, expected in [
-                ({}, None),
-                ({"retry_timeouts": True}, 0.5),
-                ({"status_codes": [status]}, 0.5),
+                ({}, None), ({"retry_timeouts": True}, 0.5), ({"status_codes": [status]}, 0.5),
                 ({"status_codes": [], "retry_timeouts": True}, 0.5),
-            ]:
+            ]:  # fmt: skip
                 with self.subTest(status, **config):
                     self.assertEqual(expected, self.delay(APIStatusError("", status), **config))
         for status in (501, 505, 525):
@@ -1658,19 +2036,17 @@ class RetryDecisionTests(TestCase):
     def test_what_is_tried_again_is_as_configured(self):
         unwanted = {"retry_connection_errors": False}
         for error, was_sent, config, expected in [
-            (APIConnectionError(""), True, {}, 0.5),
-            (APIConnectionError(""), False, {}, 0.5),
+            (APIConnectionError(""), True, {}, 0.5), (APIConnectionError(""), False, {}, 0.5),
             (APIConnectionError(""), True, unwanted, None),
             (APIConnectionError(""), True, {**unwanted, "retry_timeouts": True}, None),
-            (APITimeoutError(""), False, {}, 0.5),
-            (APITimeoutError(""), False, unwanted, None),
+            (APITimeoutError(""), False, {}, 0.5), (APITimeoutError(""), False, unwanted, None),
             (APITimeoutError(""), True, {}, None),
             (APITimeoutError(""), True, {"retry_timeouts": True}, 0.5),
             (APITimeoutError(""), True, {**unwanted, "retry_timeouts": True}, 0.5),
             (APIResponseError(""), True, {"retry_timeouts": True}, None),
             (APIStatusError("", 429), True, {**unwanted, "status_codes": range(400, 500)}, 0.5),
             (APIStatusError("", 429), True, {"max_retries": 0}, None),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(repr(error), was_sent=was_sent, **config):
                 self.assertEqual(expected, self.delay(error, was_sent=was_sent, **config))
 
@@ -1693,31 +2069,25 @@ class RetryDecisionTests(TestCase):
 
     def test_the_maximum_delay_never_overflows(self):
         for retry, config, expected in [
-            (0, {}, 0.5),
-            (4, {}, 8.0),
-            (4000, {}, 8.0),
+            (0, {}, 0.5), (4, {}, 8.0), (4000, {}, 8.0),
             (4000, {"initial_delay": 1, "multiplier": 2}, 8.0),
             (4000, {"multiplier": 0.5}, 0.0),
             (1, {"initial_delay": 1e200, "multiplier": 1e200}, 8.0),
             (3, {"initial_delay": 2, "multiplier": 3, "max_delay": 100}, 54),
             (1, {"initial_delay": 3, "multiplier": 0}, 0),
             (9, {"initial_delay": 1e308, "multiplier": 1, "max_delay": 1e308}, 1e6),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(retry, **config):
                 delay = self.delay(APIConnectionError(""), retry, max_retries=5000, **config)
                 self.assertEqual(expected, delay)
 
     def test_what_a_server_asks_for_has_a_limit(self):
         for seconds, config, expected in [
-            ("0", {}, 0.5),
-            ("7", {}, 7.5),
-            ("60", {}, 60.5),
-            ("60.001", {}, None),
-            ("3600", {"max_retry_after": 3600}, 3600.5),
-            ("1", {"max_retry_after": 0.5}, None),
+            ("0", {}, 0.5), ("7", {}, 7.5), ("60", {}, 60.5), ("60.001", {}, None),
+            ("3600", {"max_retry_after": 3600}, 3600.5), ("1", {"max_retry_after": 0.5}, None),
             ("0", {"max_retry_after": 0}, 0.5),
             ("999999999999999", {"max_retry_after": 1e18}, 1e6),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(seconds, **config):
                 error = APIStatusError("", 503, {"retry-after": seconds})
                 self.assertEqual(expected, self.delay(error, **config))
@@ -1734,14 +2104,10 @@ class RetryAfterTests(TestCase):
 
     def test_all_its_forms_are_read(self):
         for headers, expected in [
-            ({}, 0.0),
-            ({"retry-after": "7"}, 7.0),
-            ({"retry-after": " 0 "}, 0.0),
-            ({"retry-after": "1.5"}, 1.5),
-            ({"retry-after": "2."}, 2.0),
+            ({}, 0.0), ({"retry-after": "7"}, 7.0), ({"retry-after": " 0 "}, 0.0),
+            ({"retry-after": "1.5"}, 1.5), ({"retry-after": "2."}, 2.0),
             ({"retry-after": "0" * 14 + "9." + "0" * 15}, 9.0),
-            ({"retry-after-ms": "250"}, 0.25),
-            ({"retry-after-ms": "1500.5"}, 1.5005),
+            ({"retry-after-ms": "250"}, 0.25), ({"retry-after-ms": "1500.5"}, 1.5005),
             ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
             ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
             ({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT"}, 30.0),
@@ -1750,42 +2116,21 @@ class RetryAfterTests(TestCase):
             ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
             ({"retry-after": "Wed, 21 Oct 2015 07:27:59 GMT"}, 0.0),
             ({"retry-after-ms": "soon", "retry-after": "Wed, 21 Oct 2015 07:28:01 GMT"}, 1.0),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(headers):
                 self.assertEqual(expected, friendli_lite._retry_after(headers, self.NOW))
 
-    # One a line: numbers that are none, and dates
-    NONSENSE = """
--1
-+1
-nan
-inf
-1e3
-0x10
-1_000
-7s
-1,5
-.5
-7 8
-\u0663
-soon
-Wed
-GMT
-Wed, 21 Oct
-, , ,
-1 2 3 4 5 6
-Wed, 99 Oct 99999 07:28:30 GMT
-Tue, 02 Jan 2024 1.2.3.4 GMT
-Tue, 02 Jan 2024 1.2.3.4.5
-Tue, 02 Jan 2024 1. GMT
-Tue, 02 Jan 99999999999 00:00:00 GMT
-Tue, 02 Jan 9999 99:99:99 GMT
-Tue, 02 Jan 2024 00:00:00 +9999999999
-Fri, 31 Dec 9999 23:59:59 -9999
-Thu, 01 Jan 0001 00:00:00 GMT"""
+    # Numbers that are none, and dates
+    NONSENSE = (
+        "|-1|+1|nan|inf|1e3|0x10|1_000|7s|1,5|.5|7 8|\u0663|soon|Wed|GMT|Wed, 21 Oct|, , ,"
+        "|1 2 3 4 5 6|Wed, 99 Oct 99999 07:28:30 GMT|Tue, 02 Jan 2024 1.2.3.4 GMT"
+        "|Tue, 02 Jan 2024 1.2.3.4.5|Tue, 02 Jan 2024 1. GMT|Tue, 02 Jan 99999999999 00:00:00 GMT"
+        "|Tue, 02 Jan 9999 99:99:99 GMT|Tue, 02 Jan 2024 00:00:00 +9999999999"
+        "|Fri, 31 Dec 9999 23:59:59 -9999|Thu, 01 Jan 0001 00:00:00 GMT"
+    )
 
     def test_nonsense_asks_for_nothing(self):
-        for value in [*self.NONSENSE.splitlines(), "\0", "(" * 2000]:
+        for value in [*self.NONSENSE.split("|"), "\0", "(" * 2000]:
             with self.subTest(value[:50]):
                 found = friendli_lite._retry_after({"retry-after": value}, self.NOW)
                 self.assertEqual(0.0, found)
@@ -1798,952 +2143,7 @@ Thu, 01 Jan 0001 00:00:00 GMT"""
                 parse.assert_called_once_with("odd")
 
 
-# Response types
-
-
-class Found:
-    """A response of status 200 that no connection brings: its body comes from a list of bytes."""
-
-    def __init__(self, pieces=(), **headers):
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.secrets = friendli_lite._Secrets({})
-        self.pieces = iter(pieces)
-
-    def read(self):
-        return next(self.pieces, b"")
-
-    def drain(self):
-        pass
-
-    close = drain
-
-
-def found(call, body, **headers):
-    """Return the texts that a call finds in a body, or in its pieces, and its error or None."""
-    pieces = [body] if isinstance(body, bytes) else body
-    response = Found(pieces, **{"content_type": MEDIA_TYPES[call], **headers})
-    texts = []
-    try:
-        if call is complete:
-            texts.append(friendli_lite._read_completion(response).text)
-        else:
-            texts.extend(chunk.text for chunk in friendli_lite._read_chunks(response))
-    except FriendliError as error:
-        return texts, error
-    return texts, None
-
-
-def parse(build, **fields):
-    """Parse a completion, or a chunk, with these fields."""
-    return friendli_lite._parse(Found(), json.dumps(fields).encode(), build)
-
-
-_completion, _chunk = friendli_lite._completion, friendli_lite._chunk
-PARSERS = {complete: _completion, stream: _chunk}
-
-
-class CompletionTests(TestCase):
-    def test_a_completion_has_all_that_the_server_said(self):
-        self.serve()
-        answer = complete("Say this", logprobs=1, n=2, model="adapter")
-        self.assertEqual((TEXT, "adapter"), (answer.text, answer.model))
-        self.assertEqual([0, 1], [choice.index for choice in answer.choices])
-        logs = friendli_lite.Logprobs(**logprobs([" This", " is", " a", " test", "!"]))
-        self.assertEqual([0, 5, 8, 10, 15], logs.text_offset)
-        choice = friendli_lite.CompletionChoice(1, TEXT, 43, "stop", [0, 1, 2, 3, 4], logs)
-        self.assertEqual(choice, answer.choices[1])
-        self.assertEqual(friendli_lite.Usage(2, 10, 12, {"cached_tokens": 0}), answer.usage)
-        self.assertEqual("text_completion", answer.object)
-        self.assertEqual("cmpl-26a1e10db8544bc3adb488d2d205288b", answer.id)
-        request = {"prompt": "Say this", "logprobs": 1, "n": 2, "model": "adapter"}
-        self.assertEqual(completion(request), answer.raw)
-
-    def test_a_stream_has_all_that_the_server_said(self):
-        self.serve()
-        options = {"max_tokens": 1, "logprobs": 1, "stream_options": {"include_usage": True}}
-        with stream("p", **options) as parts:
-            first, last, usage = parts
-        logs = friendli_lite.Logprobs(**logprobs([" This"]))
-        self.assertEqual([friendli_lite.ChunkChoice(0, " This", 0, None, logs)], first.choices)
-        self.assertEqual(("cmpl-1", "text_completion"), (first.id, first.object))
-        self.assertEqual([friendli_lite.ChunkChoice(0, "", None, "length", None)], last.choices)
-        self.assertEqual((" This", ""), (first.text, last.text))
-        self.assertEqual(([], "", 2), (usage.choices, usage.text, usage.usage.total_tokens))
-        self.assertEqual([(None, 1733382157)] * 2, [(c.usage, c.created) for c in (first, last)])
-        self.assertEqual(1733382157, usage.raw["created"])
-
-    def test_chunks_of_several_choices_come_interleaved(self):
-        self.serve()
-        texts = {0: "", 1: ""}
-        for chunk in stream("p", n=2, max_tokens=2):
-            (choice,) = chunk.choices
-            texts[choice.index] += choice.text
-            self.assertEqual(choice.text if choice.index == 0 else "", chunk.text)
-        self.assertEqual({0: " This is", 1: " This is"}, texts)
-
-    def test_other_fields_are_kept_and_missing_ones_are_none(self):
-        answer = {
-            "choices": [{"text": "t", "finish_reason": "abort", "stop_reason": 3}],
-            "usage": {"total_tokens": 3, "more": 1},
-            "system_fingerprint": "b1",
-            "raw": {"a": 1},
-            "headers": {"a": "b"},
-            "error": None,
-        }
-        choice = friendli_lite.CompletionChoice(None, "t", None, "abort", [], None)
-        usage = friendli_lite.Usage(None, None, 3, None)
-        expected = friendli_lite.Completion(None, None, [choice], usage, None, answer, {})
-        self.assertEqual(expected, parse(_completion, **answer))
-        part = friendli_lite.ChunkChoice(None, "t", None, "abort", None)
-        expected = friendli_lite.CompletionChunk(None, None, [part], None, usage, answer)
-        self.assertEqual(expected, parse(_chunk, **answer))
-
-    def test_null_is_as_good_as_missing(self):
-        nothing = dict.fromkeys(["index", "seed", "finish_reason", "tokens", "logprobs", "token"])
-        nulls = dict.fromkeys(["id", "object", "usage", "model", "created", "error"])
-        for build in PARSERS.values():
-            bare = parse(build, choices=[{"text": "a"}])
-            full = parse(build, choices=[{"text": "a", **nothing}], **nulls)
-            full.raw = bare.raw
-            self.assertEqual(bare, full)
-        empty = parse(_completion, choices=[{"text": "a", "logprobs": {"tokens": None}}])
-        self.assertEqual(friendli_lite.Logprobs([], [], [], []), empty.choices[0].logprobs)
-
-    def test_text_is_that_of_the_choice_with_index_0(self):
-        first, *others = ([0, 1], "a"), ([1, 0], "b"), ([2, 1, 0], "c"), ([None, None], "a")
-        for indexes, expected in [first, *others, ([1, 2], ""), ([1], ""), ([], "")]:
-            for build in PARSERS.values():
-                with self.subTest(indexes, build=build.__name__):
-                    choices = [{"index": i, "text": text} for i, text in zip(indexes, "abc")]
-                    self.assertEqual(expected, parse(build, choices=choices).text)
-
-    def test_no_finish_reason_is_none_however_it_is_spelled(self):
-        for spelled, expected in [(None, None), ("null", None), ("", None), ("eos", "eos")]:
-            for build in PARSERS.values():
-                with self.subTest(spelled, build=build.__name__):
-                    answer = parse(build, choices=[{"text": "t", "finish_reason": spelled}])
-                    self.assertEqual(expected, answer.choices[0].finish_reason)
-
-    def test_a_chunk_may_lack_a_text_only_at_the_end_or_with_usage(self):
-        usage = {"total_tokens": 3}
-        for fields, choice, is_taken in [
-            ({}, {"index": 0, "finish_reason": "stop"}, True),
-            ({}, {"text": None, "finish_reason": "length"}, True),
-            ({"usage": usage}, {"index": 0}, True),
-            ({"usage": {}}, {"text": None, "finish_reason": None}, True),
-            ({}, {"index": 0}, False),
-            ({"usage": None}, {"index": 0}, False),
-            ({}, {"index": 0, "finish_reason": "null"}, False),
-            ({}, {"index": 0, "finish_reason": ""}, False),
-            ({"usage": usage}, {"text": 7}, False),
-        ]:
-            with self.subTest(choice, **fields):
-                texts, error = found(stream, sse({"choices": [choice], **fields}))
-                self.assertEqual([""] if is_taken else [], texts)
-                self.assertIs(type(None) if is_taken else APIResponseError, type(error))
-                data = json.dumps({"choices": [choice], **fields}).encode()
-                self.assertIs(APIResponseError, type(found(complete, data)[1]))
-
-    def test_the_last_chunk_of_a_gateway_is_taken(self):
-        last = {"choices": [{"index": 0}], "usage": {"total_tokens": 3}}
-        self.serve(event_stream(text_chunk("a"), last))
-        first, usage = stream("p")
-        self.assertEqual(("a", "", 3), (first.text, usage.text, usage.usage.total_tokens))
-
-    def test_the_shape_of_chat_is_an_error_that_says_so(self):
-        message = {"content": "hi", "role": "assistant"}
-        for choice in [
-            {"message": message},
-            {"index": 0, "message": message, "finish_reason": "stop"},
-            {"delta": {"content": "hi"}},
-            {"delta": {}, "finish_reason": "stop"},
-            {"text": None, "delta": None},
-        ]:
-            answer = {"choices": [choice], "usage": {"total_tokens": 3}}
-            for call in MEDIA_TYPES:
-                with self.subTest(choice, call=call.__name__):
-                    data = json.dumps(answer).encode()
-                    texts, error = found(call, payload(call, data))
-                    self.assertEqual(([], APIResponseError), (texts, type(error)))
-                    self.assertIn("it has the shape of chat, another endpoint", str(error))
-                    self.assertEqual(data.decode(), error.body)
-        self.serve(json_answer({"choices": [{"message": message}]}))
-        self.check_error(APIResponseError, self.failure(APIResponseError), "shape of chat")
-        for call in MEDIA_TYPES:  # what also has a text is a completion
-            data = json.dumps({"choices": [{"text": "a", "message": message}]}).encode()
-            self.assertEqual((["a"], None), found(call, payload(call, data)))
-
-    def test_the_headers_of_a_response_are_kept(self):
-        headers = {"X_Request_Id": "Ab-1", "X_RateLimit_Remaining": "7"}
-        server = self.serve(json_answer(completion({}), **headers))
-        answer = complete("p")
-        self.assertEqual("Ab-1", answer.headers["x-request-id"])
-        self.assertEqual("7", answer.headers["x-ratelimit-remaining"])
-        self.assertEqual("application/json", answer.headers["content-type"])
-        self.assertNotIn("Ab-1", repr(answer))
-        self.assertNotIn("raw", repr(answer))
-        twin = pickle.loads(pickle.dumps(answer))
-        self.assertEqual((answer, answer.headers), (twin, twin.headers))
-        self.assertEqual(answer.raw, twin.raw)
-        twin.headers = {}
-        self.assertEqual(answer, twin)
-        server.script(
-            head(Content_Type=EVENTS, Transfer_Encoding="chunked", **headers)
-            + chunked(sse(text_chunk("a")))
-        )
-        with stream("p") as chunks:
-            self.assertEqual("Ab-1", chunks.headers["x-request-id"])
-            (chunk,) = chunks
-            self.assertEqual(chunk, pickle.loads(pickle.dumps(chunk)))
-            self.assertNotIn("raw", repr(chunk))
-        self.assertEqual("7", chunks.headers["x-ratelimit-remaining"])
-
-    def test_the_headers_of_a_stream_are_those_of_its_last_attempt(self):
-        first = head(Content_Type=EVENTS, Transfer_Encoding="chunked", X="1")
-        second = head(Content_Type=EVENTS, Transfer_Encoding="chunked", X="2")
-        self.serve(then_close(first), second + chunked(sse(text_chunk("a"))))
-        with stream("p", retries=RetryConfig(initial_delay=0)) as chunks:
-            self.assertEqual("1", chunks.headers["x"])
-            self.assertEqual(["a"], [chunk.text for chunk in chunks])
-            self.assertEqual("2", chunks.headers["x"])
-
-
-class MediaTypeTests(TestCase):
-    PAGE = b"<html><title>Please</title>\n<p>log in"
-
-    def test_good_answers_with_odd_headers_are_taken(self):
-        for call, media_type in MEDIA_TYPES.items():
-            types = [media_type, media_type.upper(), f" {media_type} ", "", f"{media_type},"]
-            types += [f"{media_type}{more}" for more in (";charset=x", " ; a=b", f", {media_type}")]
-            for name, value in [
-                *(("content_type", value) for value in types),
-                *(("content_encoding", value) for value in ("", "none", "utf-8", "identity")),
-            ]:
-                with self.subTest(call.__name__, header=value):
-                    result = found(call, payload(call, ONE), **{name: value})
-                    self.assertEqual((["a"], None), result)
-
-    def test_an_answer_without_a_content_type_is_taken(self):
-        for call in MEDIA_TYPES:
-            self.serve(then_close(head(200) + payload(call, ONE)))
-            self.assertEqual((["a"], None), outcome(call))
-
-    def test_a_byte_order_mark_before_a_completion_is_taken(self):
-        bom = b"\xef\xbb\xbf"
-        self.assertEqual((["a"], None), found(complete, bom + ONE))
-        self.assertEqual((["a"], None), found(complete, (bytes([byte]) for byte in bom + ONE)))
-        self.assertEqual((["a"], None), found(stream, bom + payload(stream, ONE)))
-        self.assertIs(APIResponseError, type(found(stream, payload(stream, bom + ONE))[1]))
-
-    def test_an_answer_of_another_kind_is_an_error_that_says_what_came(self):
-        for call, media_type in MEDIA_TYPES.items():
-            other = JSON if call is stream else EVENTS
-            gzip = {"content_type": media_type, "content_encoding": "gzip"}
-            for data, headers, words in [
-                (self.PAGE, {"content_type": "text/html; a=b"}, ["text/html", "Please log in"]),
-                (b"", {"content_type": "text/html"}, ["is text/html", "(empty)"]),
-                (b"\x1f\x8b\0", gzip, [f"{media_type} in gzip", "a body in gzip of 3 bytes"]),
-                (ONE, {**gzip, "content_encoding": "BR"}, [f"{media_type} in br"]),
-                (payload(call, ONE), {"content_type": other}, [other]),
-                (b'{"error":"hot"}', {"content_type": other}, [other, "hot"]),
-                (ONE, {"content_type": f"{other}, {media_type}"}, [other]),
-            ]:
-                with self.subTest(call.__name__, **headers):
-                    texts, error = found(call, data, **headers)
-                    self.assertEqual(([], APIResponseError), (texts, type(error)))
-                    for word in [*words, f"not {media_type}; check server_url"]:
-                        self.assertIn(word, str(error))
-                    if data == self.PAGE:
-                        self.assertEqual(self.PAGE.decode(), error.body)
-
-    def test_a_success_of_another_status_is_no_completion(self):
-        for call in MEDIA_TYPES:
-            for answer, status in [(head(204), 204), (head(206, Content_Length=0), 206)]:
-                with self.case(call.__name__, status), self.serve(answer):
-                    self.assertEqual(status, self.failure(APIStatusError, call).status_code)
-
-    def test_an_empty_answer_is_an_error(self):
-        texts, error = found(complete, b"")
-        self.assertEqual(([], APIResponseError, ""), (texts, type(error), error.body))
-        self.assertRegex(str(error), r"\Athe response is no completion: .+: \(empty\)\Z")
-        texts, error = found(stream, b"")
-        self.assertEqual(([], APIConnectionError), (texts, type(error)))
-
-
-# The stream
-
-
-def leave_block(chunks):
-    with chunks:
-        next(chunks)
-
-
-def next_in_thread(chunks):
-    """Have another thread wait for a chunk; return what to call for its outcome."""
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(next, chunks)
-    executor.shutdown(wait=False)
-    return lambda: future.exception(5) or future.result()
-
-
-A_CHUNK = chunked(sse(text_chunk("a"), done=False))[:-5]
-CLOSED = "another thread closed the stream"
-
-
-class StreamTests(TestCase):
-    def test_a_stream_is_a_generator_and_a_context_manager(self):
-        self.serve()
-        with stream("p") as chunks:
-            self.assertIsInstance(chunks, collections.abc.Generator)
-            self.assertIs(CompletionStream, type(chunks))
-            self.assertIs(chunks, iter(chunks))
-            self.assertEqual([" This", " is"], [next(chunks).text, chunks.send(None).text])
-        self.assertRaises(StopIteration, next, chunks)
-        self.assertRaises(StopIteration, chunks.send, None)
-        self.assertEqual([], list(chunks))
-
-    def test_an_error_thrown_in_closes_the_stream_and_comes_out(self):
-        server = self.serve()
-        for error in [KeyError("thrown"), APIConnectionError("thrown"), KeyboardInterrupt()]:
-            for read in (id, next):
-                with self.subTest(repr(error), read=read.__name__), stream("p") as chunks:
-                    read(chunks)
-                    with self.assertRaises(type(error)) as caught:
-                        chunks.throw(error)
-                    self.assertIs(error, caught.exception)
-                    self.assertEqual([], list(chunks))
-        with stream("p") as chunks, self.assertRaises(KeyError):
-            chunks.throw(KeyError)
-        self.assertEqual((7, 7), (len(server.requests), server.connections))
-
-    def test_a_refused_request_raises_at_the_call(self):
-        self.serve(json_answer({"error": "no"}, 422))
-        self.assertRaises(APIStatusError, stream, "p")
-
-    def test_chunks_arrive_while_the_server_still_sends(self):
-        acknowledged = threading.Semaphore(0)
-
-        def answer(sock):
-            sock.sendall(head(Content_Type=EVENTS, Connection="close"))
-            for text in "abc":
-                sock.sendall(sse(text_chunk(text), done=False))
-                if not acknowledged.acquire(timeout=5):
-                    return CLOSE  # the client waits for more than an event
-            sock.sendall(b"data: [DONE]\n\n")
-            return CLOSE
-
-        self.serve(answer)
-        texts = []
-        for chunk in stream("p"):
-            texts.append(chunk.text)
-            acknowledged.release()
-        self.assertEqual(["a", "b", "c"], texts)
-
-    def test_an_error_ends_a_stream(self):
-        self.serve(then_close(STREAM_HEAD + A_CHUNK))
-        with stream("p", retries=3) as chunks:
-            self.assertEqual("a", next(chunks).text)
-            with self.assertRaises(APIConnectionError) as caught:
-                next(chunks)
-            self.check_error(APIConnectionError, caught.exception, "the response was cut short")
-            self.assertEqual([], list(chunks))
-
-    @unittest.skipUnless(os.path.isdir("/dev/fd"), "there is no folder of open descriptors")
-    def test_streams_left_in_every_way_leave_no_descriptor_open(self):
-        ways = {
-            "left before its start": id,
-            "left in its middle": next,
-            "closed before its start": CompletionStream.close,
-            "closed in its middle": lambda chunks: (next(chunks), chunks.close()),
-            "closed twice": lambda chunks: (next(chunks), chunks.close(), chunks.close()),
-            "closed by its block": leave_block,
-            "ended by an exception": lambda chunks: (next(chunks), chunks.throw(KeyError())),
-            "ended by Ctrl-C": lambda chunks: (next(chunks), chunks.throw(KeyboardInterrupt())),
-            "read to its end": list,
-        }
-        is_counted = sys.implementation.name == "cpython"  # else collection comes when it comes
-        gc.disable()  # it would hide what is not let go at once
-        self.addCleanup(gc.enable)
-        before = open_descriptors()
-        answer = event_stream(text_chunk("a"), text_chunk("a"))
-        with self.serve(*[answer] * 25 * len(ways)) as server:
-            for name, leave in ways.items():
-                with self.case(name):
-                    for _ in range(25):
-                        chunks = stream("x")
-                        with contextlib.suppress(KeyError, KeyboardInterrupt):
-                            leave(chunks)
-                        if not name.startswith("left"):
-                            self.assertEqual([], list(chunks))
-                        del chunks
-            if not is_counted:
-                gc.collect()
-        friendli_lite._pool.close()
-        self.assertEqual(before, open_descriptors())
-        self.assertEqual(25 * len(ways), len(server.requests))
-
-    def test_its_repr_shows_no_token(self):
-        self.serve()
-        with stream("p") as chunks:
-            self.assertNotIn(TOKEN, repr(chunks) + repr(chunks._call) + repr(chunks._call.response))
-
-
-class ClosedMeanwhileTests(TestCase):
-    """Another thread closes a stream, in each phase of it."""
-
-    def close_elsewhere(self, chunks):
-        thread = threading.Thread(target=chunks.close)
-        thread.start()
-        thread.join(5)
-        self.assertFalse(thread.is_alive())
-
-    def check_closed(self, error, attempts):
-        self.check_error(APIConnectionError, error, f": {CLOSED}")
-        self.assertEqual(attempts, error.attempts)
-
-    def prepared_stream(self, server):
-        call, _ = prepared(server.url, stream=True)
-        call.open()
-        return call, CompletionStream(call)
-
-    def test_before_its_start_between_chunks_and_after_its_end(self):
-        for read in (id, next, list):
-            with self.case(read.__name__), self.serve() as server, stream("p") as chunks:
-                read(chunks)
-                self.close_elsewhere(chunks)
-                self.assertEqual([], list(chunks))
-                self.assertEqual(1, len(server.requests))
-
-    def test_while_a_chunk_is_waited_for(self):
-        for start in (STREAM_HEAD, STREAM_HEAD + A_CHUNK):
-            with self.case(start), self.serve(hang(start)) as server, self.within(2):
-                chunks = stream("p", retries=3)
-                if start.endswith(A_CHUNK):
-                    next(chunks)
-                result = next_in_thread(chunks)
-                while not chunks._chunks.gi_running:
-                    time.sleep(0.001)
-                time.sleep(0.01)  # until it waits for the socket
-                chunks.close()
-                self.check_closed(result(), attempts=1)
-                self.assertEqual([], list(chunks))
-                self.assertEqual(1, len(server.requests))
-
-    def test_while_a_retry_is_delayed(self):
-        with self.serve(then_close(STREAM_HEAD)) as server:
-            call, chunks = self.prepared_stream(server)
-            call.sleep = lambda seconds: self.close_elsewhere(chunks)
-            with self.assertRaises(APIConnectionError) as caught:
-                next(chunks)
-            self.check_closed(caught.exception, attempts=1)
-            self.assertEqual(1, len(server.requests))
-
-    def test_while_the_head_of_a_retry_is_waited_for(self):
-        closing = []
-        for answer in (hang(STREAM_HEAD), json_answer({}, 503), fin):
-
-            def close_first(sock, answer=answer):
-                closing.pop().close()
-                return answer(sock) if callable(answer) else sock.sendall(answer)
-
-            with self.case(answer), self.serve(then_close(STREAM_HEAD), close_first) as server:
-                _, chunks = self.prepared_stream(server)
-                closing.append(chunks)
-                with self.assertRaises(APIConnectionError) as caught:
-                    next(chunks)
-                self.check_closed(caught.exception, attempts=2)
-                self.assertEqual(2, len(server.requests))
-
-    def test_a_connection_that_was_released_is_left_alone(self):
-        def close_and_look(seconds):
-            (idle,) = friendli_lite._pool._idle
-            self.close_elsewhere(chunks)
-            self.assertTrue(idle.is_alive())
-
-        with self.serve(then_close(STREAM_HEAD), json_answer({}, 503)) as server:
-            call, chunks = self.prepared_stream(server)
-            sleeps = iter([lambda seconds: None, close_and_look])
-            call.sleep = lambda seconds: next(sleeps)(seconds)
-            with self.assertRaises(APIConnectionError) as caught:
-                next(chunks)
-            self.check_closed(caught.exception, attempts=2)
-            self.assertEqual(2, len(server.requests))
-
-    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
-    def test_a_forked_child_does_not_end_the_stream_of_its_parent(self):
-        later = Later(STREAM_HEAD + A_CHUNK, chunked(sse(text_chunk("b"))))
-        with self.serve(later), stream("p") as chunks:
-            self.assertEqual("a", next(chunks).text)
-            self.assertEqual(0, exit_status(chunks.close))
-            later.now()
-            self.assertEqual(["b"], [chunk.text for chunk in chunks])
-
-    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
-    def test_a_forked_child_does_not_end_the_wait_of_its_parent(self):
-        later = Later(STREAM_HEAD, chunked(sse(text_chunk("b"))))
-        with self.serve(later):
-            chunks = stream("p")
-            result = next_in_thread(chunks)
-            while not chunks._chunks.gi_running:
-                time.sleep(0.001)
-            self.assertEqual(0, exit_status(chunks.close))
-            later.now()
-            self.assertEqual("b", result().text)
-            self.assertEqual([], list(chunks))
-
-
-# Server-sent events
-
-
-# Bytes, without [DONE], and the events and data in them
-READER_CASES = {
-    "LF": (b"data: 1\n\ndata: 2\n\n", [("", b"1"), ("", b"2")]),
-    "CRLF": (b"data: 1\r\n\r\ndata: 2\r\n\r\n", [("", b"1"), ("", b"2")]),
-    "CR": (b"data: 1\r\rdata: 2\r\r", [("", b"1"), ("", b"2")]),
-    "CR then LF in one": (b"data: 1\r\ndata: 2\n\r", [("", b"1\n2")]),
-    "a mixture of line ends": (
-        b"data: 1\r\n\rdata: 2\n\r\ndata: 3\r\n\ndata: 4\r\n\r",
-        [("", b"%d" % i) for i in (1, 2, 3, 4)],
-    ),
-    "a BOM": (b"\xef\xbb\xbfdata: 1\n\n", [("", b"1")]),
-    "a second BOM": (b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", [("", b"2")]),
-    "a BOM in a later line": (b"\n\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", [("", b"2")]),
-    "comments": (b": ping\n\n:\n\ndata: 1\n: ping\ndata: 2\n\n", [("", b"1\n2")]),
-    "data without a space": (b"data:1\n\n", [("", b"1")]),
-    "data with more spaces": (b"data:  1 \n\n", [("", b" 1 ")]),
-    "data with a tab": (b"data:\t1\n\n", [("", b"\t1")]),
-    "data with a colon": (b"data: 1:2\n\n", [("", b"1:2")]),
-    "several data lines": (b"data: 1\ndata:\ndata\ndata: 2\n\n", [("", b"1\n\n\n2")]),
-    "no data": (b"data\n\ndata:\n\nevent: a\n\ndata: 1\n\n", [("", b"1")]),
-    "blank lines": (b"\n\n\ndata: 1\n\n\n\n", [("", b"1")]),
-    "other fields": (
-        b"event: a\nid: 7\nretry: 1\nother: x\nalone\ndata: 1\n\ndata: 2\n\n",
-        [("a", b"1"), ("", b"2")],
-    ),
-    "an event that is no UTF-8": (b"event: \xff\ndata: 1\n\n", [("\ufffd", b"1")]),
-    "names that only look like data": (
-        b"Data: 1\ndata : 2\n data: 3\ndata2: 4\ndata: 5\n\n",
-        [("", b"5")],
-    ),
-    "an error field": (b"error: 1\n\nerror\n\n", [("error", b"1"), ("error", b"")]),
-    "an error without data": (b"event: error\n\n", [("error", b"")]),
-    "an error whose data is [DONE]": (b"event: error\ndata: [DONE]\n\n", [("error", b"[DONE]")]),
-    "separators of other kinds": (
-        "data: a\u2028b\u2029c\u0085d\ve\ff\x1cg\n\n".encode(),
-        [("", "a\u2028b\u2029c\u0085d\ve\ff\x1cg".encode())],
-    ),
-    "characters of many bytes": ("data: é한😀\n\n".encode(), [("", "é한😀".encode())]),
-    "[DONE] within data": (
-        b"data: 1\ndata: [DONE]\n\ndata: [DONE]x\n\ndata: [done]\n\n",
-        [("", b"1\n[DONE]"), ("", b"[DONE]x"), ("", b"[done]")],
-    ),
-}
-
-
-def feedings(data):
-    """Yield the ways to receive bytes: whole, each on its own, and split at every position."""
-    yield [data]
-    yield [data[i : i + 1] for i in range(len(data))]
-    for position in range(1, len(data)):
-        yield [data[:position], data[position:]]
-
-
-class ReaderTests(TestCase):
-    def events(self, *pieces):
-        """Return the events, and the error that ends them or None."""
-        events = []
-        try:
-            events.extend(friendli_lite._iter_events(pieces))  # extend() keeps what came before
-        except FriendliError as error:
-            return events, error
-        return events, None
-
-    def test_events_are_the_same_however_their_bytes_arrive(self):
-        for name, (data, events) in READER_CASES.items():
-            for pieces in feedings(data + b"data: [DONE]\n\ndata: late\n\n"):
-                with self.subTest(name, pieces=pieces):
-                    self.assertEqual(events, list(friendli_lite._iter_events(pieces)))
-
-    def test_an_event_is_given_when_its_last_byte_has_arrived(self):
-        data = b"data: 1\r\n\r\ndata: 2\n\ndata: 3\r\rdata: [DONE]"
-        received = bytearray()
-        pieces = (received.extend(data[i : i + 1]) or data[i : i + 1] for i in range(len(data)))
-        ends = [bytes(received) for _ in friendli_lite._iter_events(pieces)]
-        expected = [data.index(end) + len(end) for end in (b"1\r\n\r", b"2\n\n", b"3\r\r")]
-        self.assertEqual(expected, list(map(len, ends)))
-
-    def test_done_ends_a_stream_in_all_its_spellings(self):
-        one = b"data: 1\n\n"
-        ends = [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n", b"\r", b"", b" \n\n", b"\n\ndata: {\n\n"]
-        for start in (b"data: ", b"data:", b"data:  ", b": ping\n\ndata: ", b"event: x\ndata: "):
-            for end in ends:
-                for pieces in feedings(one + start + b"[DONE]" + end):
-                    with self.subTest(pieces):
-                        self.assertEqual([("", b"1")], list(friendli_lite._iter_events(pieces)))
-
-    def test_nothing_is_waited_for_after_done(self):
-        def pieces():
-            yield b"data: 1\n\ndata: [DONE]\n"
-            self.fail("more was asked for")
-
-        self.assertEqual([("", b"1")], list(friendli_lite._iter_events(pieces())))
-        self.serve(hang(STREAM_HEAD + chunked(sse(text_chunk("a")))[:-7]))
-        with self.within(0.5):
-            self.assertEqual((["a"], None), outcome(stream))
-
-    def test_a_stream_that_ends_before_done_was_cut_short(self):
-        data = b"data: 1\n\ndata: 2\n\ndata: [DONE]"
-        for end in range(len(data)):
-            for pieces in ([data[:end]], [data[i : i + 1] for i in range(end)]):
-                events, error = self.events(*pieces)
-                with self.subTest(pieces):
-                    expected = [("", b"1"), ("", b"2")][: data[:end].count(b"\n\n")]
-                    self.assertEqual(expected, events)
-                    self.assertIs(APIConnectionError, type(error))
-                    self.assertIn("it ended before [DONE]", str(error))
-
-    def test_a_stream_over_the_wire_is_the_same_however_it_is_cut(self):
-        texts = ["é한", "\u2028\u0085", "😀\v", ""]
-        dumps = functools.partial(json.dumps, ensure_ascii=False)
-        events = "".join(f"data: {dumps(text_chunk(text))}\r\n\r\n" for text in texts)
-        data = b"\xef\xbb\xbf: ping\r" + events.encode() + b"data: [DONE]\n\n"
-
-        def trickle_bytes(sock):
-            for byte in framed(data, "length", EVENTS):
-                sock.sendall(bytes([byte]))
-            return CLOSE
-
-        in_chunks_of_one = STREAM_HEAD + chunked(*(bytes([byte]) for byte in data))
-        whole = (then_close(framed(data, framing, EVENTS)) for framing in FRAMINGS)
-        for answer in (in_chunks_of_one, trickle_bytes, *whole):
-            with self.case(answer), self.serve(answer):
-                self.assertEqual((texts, None), outcome(stream))
-
-
-class MidStreamErrorTests(TestCase):
-    FORMS = {
-        "an error object": b'data: {"error": {"message": "out of memory", "code": 500}}\n\n',
-        "an error that is a text": b'data: {"error": "out of memory"}\n\n',
-        "an error next to choices": b'data: {"choices": [], "error": ["out of memory"]}\n\n',
-        "an error event with JSON": b'event: error\ndata: {"message": "out of memory"}\n\n',
-        "an error event with text": b"event: error\ndata: out of memory\n\n",
-        "an error event whose name comes last": b"data: out of memory\nevent: error\n\n",
-        "an error field": b'error: {"code": 500, "message": "out of memory"}\n\n',
-        "an error field with text": b"error:out of memory\n\n",
-        "an error field without a blank line": b"error:out of memory\n",
-    }
-
-    def test_an_error_in_a_stream_is_an_error_with_the_words_of_the_server(self):
-        for name, form in self.FORMS.items():
-            for start, before in [(b"", []), (sse(text_chunk("a"), done=False), ["a"])]:
-                for end in (b"", b"data: [DONE]\n\n"):
-                    with self.subTest(name, start=start, end=end):
-                        texts, error = found(stream, start + form + end)
-                        self.assertEqual((before, APIResponseError), (texts, type(error)))
-                        pattern = r"\Athe server failed after status 200: .*out of memory"
-                        self.assertRegex(str(error), pattern)
-                        self.assertIn(error.body, form.decode())
-                        self.assertIn("out of memory", error.body)
-
-    def test_an_error_over_the_wire_is_not_tried_again(self):
-        start = sse(text_chunk("a"), done=False)
-        for before, framing in itertools.product((b"", start), FRAMINGS):
-            form = self.FORMS["an error object"]
-            data = framed(before + form + b"data: [DONE]\n\n", framing, EVENTS)
-            with self.case(framing, before), self.serve(then_close(data)) as server:
-                texts, error = outcome(stream, retries=3)
-                self.assertEqual((["a"] if before else [], 1), (texts, len(server.requests)))
-                self.check_error(APIResponseError, error, "after status 200: out of memory")
-
-    def test_an_error_without_a_message_is_an_error(self):
-        for form in [
-            b"event: error\n\n",
-            b"error\n\n",
-            b"event: error\ndata: [DONE]\n\n",
-            b'data: {"error": {}}\n\n',
-            b'data: {"error": false}\n\n',
-            b'data: {"error": ""}\n\n',
-            b"event: error\ndata: " + ONE + b"\n\n",
-            b'data: {"error": {}, "choices": [{"text": "a"}]}\n\n',
-        ]:
-            with self.subTest(form):
-                texts, error = found(stream, form + b"data: [DONE]\n\n")
-                self.assertEqual(([], APIResponseError), (texts, type(error)))
-                self.assertRegex(str(error), r"\Athe server failed after status 200\b.*\S\Z")
-
-    def test_an_error_in_place_of_a_completion_is_an_error_with_its_words(self):
-        for data in [
-            b'{"error":"too hot"}',
-            b'{"error":{"message":"too hot"}}',
-            b'{"choices":[],"error":["too hot"]}',
-            b'{"choices":[{"text":"a"}],"error":{"code":"too hot"}}',
-        ]:
-            with self.subTest(data):
-                texts, error = found(complete, data)
-                self.assertEqual(([], APIResponseError), (texts, type(error)))
-                self.assertEqual("the server failed after status 200: too hot", str(error))
-                self.assertEqual(data.decode(), error.body)
-
-
-# From JSON to dataclasses
-
-
-BROKEN = [
-    *b'hello { {\'choices\':[]} {"choices":[] {"choices":[]}x {"choices":[]}{}'.split(),
-    *b'null true 7 "choices" [] [{"choices":[]}] {}'.split(),
-    *(b'{"choices":%b}' % value for value in b'null 7 "a" {"text":"a"}'.split()),
-    *(b'{"choices":[%b]}' % choice for choice in b'null 7 "a" [] {}'.split()),
-    *(b'{"choices":[{"text":%b}]}' % text for text in b'null 7 [] {"a":"b"} true'.split()),
-    *(b'{"choices":[{"text":"a","finish_reason":%b}]}' % value for value in b"7 [] true".split()),
-    *(b'{"choices":[{"text":"a","logprobs":%b}]}' % value for value in b'7 [] "a"'.split()),
-    *(b'{"choices":[{"text":"a"}],"usage":%b}' % value for value in b'7 [] "a"'.split()),
-    *(b'{"choices":[],"a":%b}' % value for value in b"NaN Infinity -Infinity".split()),
-    *b'{"choices":[{"text":"a"},{}]} {"choices":[{"text":"\xff"}]}'.split(),
-    *(b'{"choices":[{"text":"\xed\xa0\x80"}]}', "{}".encode("utf-16")),
-    *(b"[" * 200_000, b'{"error":' * 200_000, b'{"choices":[{"text":"a"}],"a":' + b"[" * 200_000),
-]
-
-
-class PayloadTests(TestCase):
-    def test_a_broken_payload_is_an_error_that_shows_it(self):
-        for data in BROKEN:
-            for build in PARSERS.values():
-                with self.subTest(data[:99], build=build.__name__):
-                    with self.assertRaises(APIResponseError) as caught:
-                        friendli_lite._parse(Found(), data, build)
-                    error = caught.exception
-                    self.assertRegex(str(error), r"\Athe response is no completion: .{1,600}\Z")
-                    self.assertEqual(data[:65536].decode("utf-8", "replace"), error.body)
-
-    def test_each_mistake_in_a_payload_is_named(self):
-        for data, mistake in [
-            (b"7", "it is not one object"),
-            (b"{} {}", "it is not one object"),
-            (b"{}", "it has no list of choices"),
-            (b'{"choices":[7]}', "a choice is no object"),
-            (b'{"choices":[{}]}', "a choice has no text, or a finish_reason that is no string"),
-            (b'{"choices":[{"text":"a","logprobs":7}]}', "Logprobs is no object"),
-            (b'{"choices":[],"usage":7}', "Usage is no object"),
-            (b'{"choices":NaN}', "NaN is not JSON"),
-        ]:
-            for build in PARSERS.values():
-                with self.subTest(data), self.assertRaises(APIResponseError) as caught:
-                    friendli_lite._parse(Found(), data, build)
-                expected = f"the response is no completion: {mistake}: {data.decode()}"
-                self.assertEqual(expected, str(caught.exception))
-
-    def test_a_broken_payload_over_the_wire_is_not_asked_for_again(self):
-        for call, media_type in MEDIA_TYPES.items():
-            for data, framing in itertools.product((BROKEN[1], BROKEN[13], BROKEN[-1]), FRAMINGS):
-                answer = then_close(framed(payload(call, data), framing, media_type))
-                with self.case(call.__name__, framing, data), self.serve(answer) as server:
-                    error = self.failure(APIResponseError, call, retries=3)
-                    self.check_error(APIResponseError, error, "the response is no completion: ")
-                    self.assertEqual(1, len(server.requests))
-
-    def test_what_only_looks_broken_is_taken(self):
-        for more in [
-            b"",
-            b',"finish_reason":"null"',
-            b',"logprobs":null,"usage":{}',
-            b',"a":{"error":1}',
-            b',"a":1e999,"b":"\\ud800","c":"\xc3\xa9"',
-            b',"tokens":7,"index":0',
-        ]:
-            for call in MEDIA_TYPES:
-                for blank in (b"", b" \n\t"[: 3 if call is complete else 1]):
-                    with self.subTest(call.__name__, more=more):
-                        data = blank + b'{"choices":[{"text":"a"%b}],"error":null}' % more + blank
-                        self.assertEqual((["a"], None), found(call, payload(call, data)))
-
-    def test_an_answer_without_choices_is_empty(self):
-        for call in MEDIA_TYPES:
-            self.assertEqual(([""], None), found(call, payload(call, b'{"choices":[]}')))
-
-
-# Fuzz
-
-
-MUTANTS = int(os.environ.get("FRIENDLI_LITE_FUZZ", 1000))  # setUp() clears the environment
-SCRAPS = [
-    *b'\0 \xff \xef\xbb\xbf \xe2\x80\xa8 : " \\ { } [ ] , null NaN - 1e999 "\\ud800" [DONE]'.split(
-        b" "
-    ),
-    *b'"error": "choices": "text": "usage": "delta":'.split(),
-    *(b"\n", b"\r", b"\r\n\r\n", b"9" * 5000, b"[" * 5000, b"data: ", b"data: [DONE]\n\n"),
-    *(b"event: error\n", b"error: ", b": ping\n\n"),
-]
-EXCHANGE = {"prompt": "x", "n": 2, "logprobs": 1, "max_tokens": 2}
-EXCHANGE["stream_options"] = {"include_usage": True}
-RECORDED = [
-    sse(*chunks(EXCHANGE)),
-    sse(*chunks({})).replace(b"\n", b"\r\n"),
-    json.dumps(completion(EXCHANGE)).encode(),
-]
-
-
-def mutate(dice, data):
-    start = dice.randrange(len(data))
-    end = start + dice.randrange(1, 40)
-    before, span, after = data[:start], data[start:end], data[end:]
-    lines = data.splitlines(keepends=True)
-    return dice.choice(
-        [
-            before + bytes([span[0] ^ 1 << dice.randrange(8)]) + span[1:] + after,  # flip
-            before + after,  # drop
-            before + dice.choice(SCRAPS) + span + after,  # insert
-            before + span + span + after,  # duplicate
-            before + span,  # cut
-            b"".join(dice.sample(lines, len(lines))),  # reorder
-        ]
-    )
-
-
-class FuzzTests(TestCase):
-    def check_mutant(self, dice):
-        data = dice.choice(RECORDED)
-        for _ in range(dice.randrange(1, 5)):
-            data = mutate(dice, data) or b"\n"
-        cuts = sorted({0, *dice.choices(range(len(data)), k=dice.randrange(9)), len(data)})
-        pieces = [data[start:end] for start, end in zip(cuts, cuts[1:])]
-        texts, error = found(stream, data)
-        again, same_error = found(stream, pieces)
-        self.assertEqual((texts, repr(error)), (again, repr(same_error)), "the pieces matter")
-        self.assertTrue(error or b"[DONE]" in data, "a short success")
-        texts += found(complete, pieces)[0]
-        self.assertEqual({str}, {str, *map(type, texts)})
-
-    def test_only_friendli_errors_escape_whatever_the_bytes_are(self):
-        for seed in range(MUTANTS):
-            try:
-                self.check_mutant(random.Random(seed))
-            except Exception as error:
-                words = f"self.check_mutant(random.Random({seed})) fails: {error!r}"
-                raise AssertionError(words) from error
-
-
-# Limits of what is received
-
-
-class LimitTests(TestCase):
-    LIMIT = 64 * 1024
-
-    def test_the_limits_are_those_that_the_documentation_names(self):
-        names = ("_MAX_EVENT_BYTES", "_MAX_COMPLETION_BYTES", "_MAX_ERROR_BODY_BYTES")
-        limits = [getattr(friendli_lite, name) for name in names]
-        self.assertEqual([16 * 1024**2, 32 * 1024**2, 64 * 1024], limits)
-
-    def patched(self):
-        limits = dict.fromkeys(["_MAX_EVENT_BYTES", "_MAX_COMPLETION_BYTES"], self.LIMIT)
-        return mock.patch.multiple(friendli_lite, **limits)
-
-    def test_an_endless_answer_ends_in_an_error_as_soon_as_it_is_too_long(self):
-        line = f"the stream has a line of over {self.LIMIT} bytes"
-        event = f"the stream has over {self.LIMIT} bytes without an event"
-        body = f"the response has over {self.LIMIT} bytes"
-        for call, start, more, message in [
-            (stream, b"data: ", b"a" * 512, line),
-            (stream, b"data: ", b"ab", line),
-            (stream, b":", b"a" * 512, line),
-            (stream, b" ", b"data: a\n" * 64, event),
-            (stream, b" ", b"data\n" * 64, event),
-            (stream, b" ", b": ping\n\n" * 64, event),
-            (stream, b"data: %b\n\n" % ONE, b": ping\n\n" * 64, event),
-            (stream, b"\n", b"\n" * 512, event),
-            (complete, b" ", b" " * 512, body),
-            (complete, b"[", b"[" * 512, body),
-        ]:
-            with self.subTest(start + more[:9]), self.patched():
-                received = bytearray()
-                pieces = itertools.chain([start], itertools.repeat(more))
-                source = (received.extend(piece) or piece for piece in pieces)
-                _, error = found(call, source)
-                self.assertEqual((message, ""), (str(error), error.body))
-                self.assertGreater(len(received), self.LIMIT)
-                self.assertLessEqual(len(received), self.LIMIT + len(start) + len(more))
-
-    def test_an_answer_within_the_limits_is_taken(self):
-        with self.patched():
-            data = ONE + b" " * (self.LIMIT - len(ONE))
-            self.assertEqual((["a"], None), found(complete, data))
-            self.assertIs(APIResponseError, type(found(complete, data + b" ")[1]))
-            for size, expected in [(self.LIMIT, type(None)), (self.LIMIT + 1, APIResponseError)]:
-                for start in ([], [b"data: %b\n\n" % ONE]):
-                    _, error = found(stream, [*start, b"\n" * size, b"data: [DONE]"])
-                    self.assertIs(expected, type(error))
-            data = data[:-20]
-            events = (b"data: " + data + b"\n\n") * 3
-            for pieces in ([events], [events[i : i + 4096] for i in range(0, len(events), 4096)]):
-                self.assertEqual((["a"] * 3, None), found(stream, [*pieces, b"data: [DONE]"]))
-
-    def test_the_work_is_linear_in_what_is_received(self):
-        pieces = [b"data: ", *[b"a" * 64] * 40_000, b"\n\n", b"data: [DONE]"]
-        with self.within(1):
-            ((_, data),) = friendli_lite._iter_events(pieces)
-        self.assertEqual(40_000 * 64, len(data))
-
-
-# Reading a response
-
-
-CUT = APIConnectionError("the server closed the connection")
-
-
-class FakeConnection:
-    """Stands for a connection on which pieces of a response arrive, and then an error.
-
-    Without an error, it is a failure of the test to wait for more than the pieces.
-    """
-
-    via = ""
-
-    def __init__(self, pieces, error=None):
-        self.secrets = friendli_lite._Secrets({})
-        self.is_open = True
-        self.is_claimed = False
-        self.timeouts = None
-        self._pieces = list(pieces)
-        self._error = error or AssertionError("it waits for more than has come")
-
-    def receive(self, may_end=False):
-        if self._pieces:
-            return self._pieces.pop(0)
-        if may_end and self._error is CUT:
-            return b""
-        raise self._error
-
-    def claim(self):
-        was_claimed, self.is_claimed = self.is_claimed, True
-        return not was_claimed
-
-    def close(self):
-        self.is_open = False
-
-
-def read_response(call, pieces, error=None):
-    """Read a response from a fake connection; return its texts, its error or None, and this.
-
-    A connection that is open then was left to the pool.
-    """
-    texts = []
-    connection = FakeConnection(pieces, error)
-    try:
-        with contextlib.closing(friendli_lite._Response(connection)) as response:
-            if call is complete:
-                texts.append(friendli_lite._read_completion(response).text)
-            else:
-                texts.extend(chunk.text for chunk in friendli_lite._read_chunks(response))
-    except FriendliError as caught:
-        return texts, caught.with_traceback(None), connection
-    finally:
-        friendli_lite._pool._idle.pop(connection, None)
-    return texts, None, connection
-
-
-def deliveries(data):
-    """Two ways for bytes to arrive: at once, and one by one (long ones in parts)."""
-    size = 1 if len(data) < 9999 else 997
-    return [data], [data[start : start + size] for start in range(0, len(data), size)]
+# The transport: reading a response
 
 
 def answer_with(call, *lines, framing="length", end=b"\r\n"):
@@ -2761,7 +2161,6 @@ def answer_with(call, *lines, framing="length", end=b"\r\n"):
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CODING, LENGTH = b"Transfer-Encoding: ", b"Content-Length: "
-CHUNKED_JSON_HEAD = head(Content_Type=JSON, Transfer_Encoding="chunked")
 STATUS_LINES = (
     b"| |SSH-2.0-OpenSSH_9.9|220 mail ESMTP|ICY 200 OK|HTTP/2 200|HTTP/0.9 200 OK|http/1.1 200 OK"
     b"| HTTP/1.1 200 OK|HTTP/1.1|HTTP/1.x 200 OK|HTTP/1.12 200 OK|HTTP/1.1200 OK|HTTP/1.1 two OK"
@@ -2775,14 +2174,8 @@ HEADERS = (
 CODINGS = b"|gzip|identity|xchunked|chunked;q=1|gzip, chunked|chunked, chunked|chunked, gzip"
 LENGTHS = b"|-5|+5|5.0|0x5|1e1|five|5 5|5, 6|5,|,5|5;5|\xb2|" + b"9" * 100
 MALFORMED_HEADS = [
-    *(
-        b"\n",
-        b"\x15\x03\x01\x00\x02\x02\x46",
-        b"\x00\x00\x12\x04\x00",
-        b"<html>hello",
-        b"{",
-        b"\xff",
-    ),
+    *(b"\n", b"\x15\x03\x01\x00\x02\x02\x46", b"\x00\x00\x12\x04\x00", b"<html>hello", b"{",
+      b"\xff"),
     *(line + b"\r\n" for line in STATUS_LINES.split(b"|")),
     b"HTTP/1.1 200 " + b"O" * 33_000,
     *(answer_with(stream, line, framing="chunked") for line in HEADERS.split(b"|")),
@@ -2800,7 +2193,7 @@ MALFORMED_HEADS = [
     OK + LENGTH + b"5\r\nX: y\r\n" + LENGTH.lower() + b"05\r\n\r\n",
     *(head(100) * 2000, head(103, X="y") * 2000),
     *(head(103) + b"nonsense\r\n\r\n", head(100) + b"SSH-2.0-OpenSSH_9.9\r\n"),
-]
+]  # fmt: skip
 MALFORMED_CHUNKS = [
     *(b"zz\r\n", b"g\r\n", b"1_0\r\n", b"\r\n\r\n", b"1\rx\n", b"1;a\0b\r\n", b"\xbd\r\n"),
     *(size + b"\r\na" for size in b"-1|+1|0x1| 1|1 1|1,|1.0|\t1".split(b"|")),
@@ -2817,7 +2210,7 @@ class ResponseTests(TestCase):
         for data in MALFORMED_HEADS:
             for pieces in deliveries(data):
                 with self.subTest(data[:90], length=len(data), pieces=len(pieces)):
-                    _, error, _ = read_response(complete, pieces)
+                    _, error, _ = outcome_of_pieces(complete, pieces)
                     self.assertIs(APIResponseError, type(error))
                     self.assertRegex(str(error), r"\Athe server sent .{5,100}: b?['\"].{0,510}\Z")
                     self.assertNotIn("\n", error.body)
@@ -2835,7 +2228,7 @@ class ResponseTests(TestCase):
         for call, data in cases:
             for pieces in deliveries(data):
                 with self.subTest(data[-90:], call=call.__name__, pieces=len(pieces)):
-                    texts, error, connection = read_response(call, pieces)
+                    texts, error, connection = outcome_of_pieces(call, pieces)
                     self.assertEqual(([], APIResponseError), (texts, type(error)))
                     self.assertIn("the server sent ", str(error))
                     self.assertFalse(connection.is_open)
@@ -2843,9 +2236,9 @@ class ResponseTests(TestCase):
     def test_a_malformed_response_is_asked_for_once_and_not_waited_for(self):
         """The server waits until the client leaves; a client that waits, too, gets a timeout."""
         server = self.serve()
-        cases = list(zip(itertools.cycle(MEDIA_TYPES), MALFORMED_HEADS))
-        cases += [(complete, CHUNKED_JSON_HEAD + data) for data in MALFORMED_CHUNKS[::2]]
-        cases += [(stream, STREAM_HEAD + data) for data in MALFORMED_CHUNKS[1::2]]
+        cases = list(zip(itertools.cycle(MEDIA_TYPES), MALFORMED_HEADS[::3]))
+        cases += [(complete, CHUNKED_JSON_HEAD + data) for data in MALFORMED_CHUNKS[::6]]
+        cases += [(stream, STREAM_HEAD + data) for data in MALFORMED_CHUNKS[3::6]]
         for call, data in cases:
             with self.case(call.__name__, data[:90]):
                 server.requests.clear()
@@ -2860,7 +2253,7 @@ class ResponseTests(TestCase):
         for end in (b"zz\r\n", b"-1\r\n", b"0\r\nnonsense\r\n\r\n", b"0\r\nX: " + b"y" * 33_000):
             for pieces in deliveries(STREAM_HEAD + chunked(body)[:-5] + end):
                 with self.subTest(end[:20], pieces=len(pieces)):
-                    texts, error, connection = read_response(stream, pieces)
+                    texts, error, connection = outcome_of_pieces(stream, pieces)
                     self.assertEqual((["a"], None, False), (texts, error, connection.is_open))
 
     def test_what_was_received_is_named_in_the_error(self):
@@ -2878,7 +2271,7 @@ class ResponseTests(TestCase):
             (CHUNKED_JSON_HEAD + b"zz\r\n", "sent a malformed chunk: 'zz\\r'"),
         ]:
             with self.subTest(words):
-                _, error, _ = read_response(complete, [data])
+                _, error, _ = outcome_of_pieces(complete, [data])
                 self.assertIn(words, str(error))
 
     def test_a_head_that_costs_time_is_refused_in_no_time(self):
@@ -2888,7 +2281,7 @@ class ResponseTests(TestCase):
             start = time.process_time()
             for pieces in deliveries(OK + data):
                 with self.subTest(data[:20], pieces=len(pieces)):
-                    _, error, _ = read_response(complete, pieces)
+                    _, error, _ = outcome_of_pieces(complete, pieces)
                     self.assertIs(APIResponseError, type(error))
             self.assertLess(time.process_time() - start, 0.5)
 
@@ -2911,7 +2304,7 @@ class ResponseTests(TestCase):
             ):
                 for pieces in deliveries(answer_with(call, *lines, framing=framing, end=end)):
                     with self.subTest(lines[0][:60], call=call.__name__, pieces=len(pieces)):
-                        texts, error, connection = read_response(call, pieces)
+                        texts, error, connection = outcome_of_pieces(call, pieces)
                         self.assertEqual((["a"], None, True), (texts, error, connection.is_open))
                         found = friendli_lite._Response(FakeConnection(pieces)).headers
                         for name in ("content-type", "content-length", "transfer-encoding"):
@@ -2920,14 +2313,11 @@ class ResponseTests(TestCase):
 
     def test_good_status_lines_are_taken(self):
         for line, status, reason in [
-            (b"HTTP/1.1 200 OK", 200, "OK"),
-            (b"HTTP/1.1 200 ", 200, ""),
-            (b"HTTP/1.1 200", 200, ""),
-            (b"HTTP/1.0 200 OK", 200, "OK"),
+            (b"HTTP/1.1 200 OK", 200, "OK"), (b"HTTP/1.1 200 ", 200, ""),
+            (b"HTTP/1.1 200", 200, ""), (b"HTTP/1.0 200 OK", 200, "OK"),
             (b"HTTP/1.2 200 Very fine: caf\xe9", 200, "Very fine: café"),
-            (b"HTTP/1.1 522 ", 522, ""),
-            (b"HTTP/1.1 999 ?", 999, "?"),
-        ]:
+            (b"HTTP/1.1 522 ", 522, ""), (b"HTTP/1.1 999 ?", 999, "?"),
+        ]:  # fmt: skip
             for end, pieces in itertools.product([b"\r\n", b"\n"], range(2)):
                 with self.subTest(line, end=end, pieces=pieces):
                     data = deliveries(line + end + b"Content-Length: 0" + end * 2)[pieces]
@@ -2942,48 +2332,42 @@ class ResponseTests(TestCase):
         bytewise = chunked(*(ONE[i : i + 1] for i in range(len(ONE))))
         extended = whole.replace(b"\r\n", b";a=b;c\r\n", 1).replace(b"0\r\n", b'00 ; x="y"\r\n')
         for frame, body, is_kept in [
-            (LENGTH + size, ONE, True),
-            (LENGTH + b"000" + size, ONE, True),
+            (LENGTH + size, ONE, True), (LENGTH + b"000" + size, ONE, True),
             (LENGTH + size + b"\r\n" + LENGTH + size, ONE, True),
             (LENGTH + size + b" ,\t" + size, ONE, True),
             (LENGTH + b", ".join([size] * 3), ONE, True),
             (LENGTH + size + b"\r\nConnection: x, Close", ONE, False),
             (LENGTH + size + b"\r\nConnection: Keep-Alive", ONE, True),
             (b"X: y", ONE, False),  # to the end of the connection
-            (b"X: y", b" " * 200_000 + ONE, False),
-            (CODING + b"chunked", whole, True),
-            (CODING + b"chunked ", whole, True),
-            (CODING.upper() + b"\tCHUNKED\t", whole, True),
+            (b"X: y", b" " * 200_000 + ONE, False), (CODING + b"chunked", whole, True),
+            (CODING + b"chunked ", whole, True), (CODING.upper() + b"\tCHUNKED\t", whole, True),
             (CODING + b"chunked\r\n" + LENGTH + b"7", whole, False),
             (LENGTH + b"7\r\n" + CODING + b"chunked", whole, False),
-            (CODING + b"chunked", bytewise, True),
-            (CODING + b"chunked", extended, True),
+            (CODING + b"chunked", bytewise, True), (CODING + b"chunked", extended, True),
             (CODING + b"chunked", whole.replace(b"1a", b"1A"), True),
             (CODING + b"chunked", whole.replace(b"\r\n", b"\n"), True),
             (CODING + b"chunked", whole.replace(b"\r", b" \t\r", 1), True),
             (CODING + b"chunked", b"0" * 90 + whole[:-5] + b"000\r\n\r\n", True),
             (CODING + b"chunked", whole[:-2] + b"X: y\r\n z\r\n\r\n", True),
             (long + CODING + b"chunked", whole[:-2] + long + b"\r\n", True),
-        ]:
+        ]:  # fmt: skip
             data = b"\r\n".join([OK + b"Content-Type: application/json", frame, b"", body])
             for pieces in deliveries(data):
                 with self.subTest(frame, body=body, pieces=len(pieces)):
-                    texts, error, connection = read_response(complete, pieces, CUT)
+                    texts, error, connection = outcome_of_pieces(complete, pieces, CUT)
                     self.assertEqual((["a"], None, is_kept), (texts, error, connection.is_open))
 
     def test_http_1_0_keeps_a_connection_only_where_it_says_so(self):
         for version, connection_header, is_kept in [
-            (b"1.1", b"", True),
-            (b"1.0", b"", False),
-            (b"1.0", b"Connection: keep-alive", True),
+            (b"1.1", b"", True), (b"1.0", b"", False), (b"1.0", b"Connection: keep-alive", True),
             (b"1.0", b"Connection: x ,Keep-Alive", True),
             (b"1.0", b"Connection: close, keep-alive", False),
             (b"1.1", b"Connection: closed", True),
             (b"1.1", b"Connection: keep-alive\r\nConnection: close", False),
-        ]:
+        ]:  # fmt: skip
             data = answer_with(complete, connection_header or b"X: y").replace(b"1.1", version, 1)
             with self.subTest(version, header=connection_header):
-                texts, error, connection = read_response(complete, [data])
+                texts, error, connection = outcome_of_pieces(complete, [data])
                 self.assertEqual((["a"], None, is_kept), (texts, error, connection.is_open))
 
     def test_interim_responses_are_passed_over(self):
@@ -2993,17 +2377,14 @@ class ResponseTests(TestCase):
         for call in MEDIA_TYPES:
             for pieces in deliveries(interim + answer_with(call, b"X: y")):
                 with self.subTest(call=call.__name__, pieces=len(pieces)):
-                    texts, error, connection = read_response(call, pieces)
+                    texts, error, connection = outcome_of_pieces(call, pieces)
                     self.assertEqual((["a"], None, True), (texts, error, connection.is_open))
 
     def test_a_status_without_a_body_ends_with_its_head(self):
         for status, is_tunnel, is_kept in [
-            (204, False, True),
-            (304, False, True),
-            (101, False, False),
-            (200, True, False),
+            (204, False, True), (304, False, True), (101, False, False), (200, True, False),
             (299, True, False),
-        ]:
+        ]:  # fmt: skip
             for lines in ({}, {"Content_Length": 5}, {"Transfer_Encoding": "x"}):
                 with self.subTest(status, is_tunnel=is_tunnel, lines=lines):
                     connection = FakeConnection([head(status, **lines)])
@@ -3025,7 +2406,7 @@ class ResponseTests(TestCase):
             data = framed(payload(call, ONE), framing, MEDIA_TYPES[call])
             for extra in (forged, forged * 100, b"\r\n", b"x", b"-ffff\r\na", b"zz\r\n"):
                 with self.subTest(extra[:50], call=call.__name__, framing=framing):
-                    texts, error, connection = read_response(call, [data + extra])
+                    texts, error, connection = outcome_of_pieces(call, [data + extra])
                     self.assertEqual((["a"], None, False), (texts, error, connection.is_open))
         server = self.serve(ANSWER + forged, STREAM + forged * 100)
         for call in MEDIA_TYPES:
@@ -3041,7 +2422,7 @@ class ResponseTests(TestCase):
                 with self.subTest(call=call.__name__, length=length):
                     data = head(Content_Type=MEDIA_TYPES[call], Content_Length=length) + body
                     is_cut = call is stream or length > len(body)
-                    _, error, connection = read_response(call, [data], CUT)
+                    _, error, connection = outcome_of_pieces(call, [data], CUT)
                     self.assertIs(APIConnectionError if is_cut else APIResponseError, type(error))
                     self.assertFalse(connection.is_open)
 
@@ -3068,10 +2449,10 @@ class CutTests(TestCase):
                 texts = ["a"] * (data.count(b"}\n\n") if call is stream else kind is None)
                 yield call, framing, data, texts, kind
 
-    def test_a_response_cut_at_any_byte_is_an_error_after_the_chunks_that_came(self):
+    def test_a_response_cut_at_any_byte_is_an_error_after_its_chunks(self):
         for call, framing, data, texts, kind in self.cuts():
             with self.subTest(call=call.__name__, framing=framing, cut=data[-20:]):
-                found, error, connection = read_response(call, [data] if data else [], CUT)
+                found, error, connection = outcome_of_pieces(call, [data] if data else [], CUT)
                 self.assertEqual((texts, kind), (found, error and type(error)))
                 if b"\r\n\r\n" in data and kind:
                     self.assertFalse(connection.is_open)
@@ -3091,7 +2472,7 @@ class CutTests(TestCase):
         for framing in FRAMINGS:
             data = framed(sse(text_chunk("a"), text_chunk("b")), framing, EVENTS)
             later = Later(data[: data.index(b"\n\n") + 9], rst)
-            with self.case(framing), self.serve(later), stream("x", retries=0, timeout=5) as chunks:
+            with self.case(framing), self.serve(later), stream("x", retries=3, timeout=5) as chunks:
                 self.assertEqual("a", next(chunks).text)
                 later.now()
                 with self.assertRaises(APIConnectionError) as caught:
@@ -3099,14 +2480,8 @@ class CutTests(TestCase):
                 self.check_error(APIConnectionError, caught.exception, "cut short: ")
                 self.assertEqual([], list(chunks))
 
-    def test_no_byte_of_a_response_is_no_response(self):
-        for end, words in [(fin, "the server closed the connection"), (rst, "reset by peer")]:
-            with self.case(end.__name__), self.serve(end):
-                error = self.failure(APIConnectionError)
-                self.assertRegex(str(error), f": no response: .*{words}")
 
-
-# Connections: reused, replaced, shared
+# The transport: connections, reused, replaced, shared
 
 
 class ReuseTests(TestCase):
@@ -3147,9 +2522,10 @@ class ReuseTests(TestCase):
             ("broken", head(503, Transfer_Encoding="chunked") + b"nonsense\r\n", 2),
             ("endless", endless(head(503, Transfer_Encoding="chunked"), b"4\r\nabcd\r\n" * 999), 2),
             ("to its end", then_close(head(503) + b"x"), 2),
+            ("stalled", hang(head(503, Content_Length=9) + b"x"), 2),
         ]:
             with self.case(name), self.serve(answer) as server:
-                self.failure(APIStatusError)
+                self.failure(APIStatusError, timeout=0.02 if name == "stalled" else 5)
                 self.ask()
                 self.assertEqual(connections, server.connections)
 
@@ -3159,18 +2535,17 @@ class ReuseTests(TestCase):
             end = data.index(b"[DONE]\n") + len(b"[DONE]\n")
             for pieces in ([data[:end], data[end:]], [data[:end], *deliveries(data[end:])[1]]):
                 with self.subTest(framing, pieces=len(pieces)):
-                    texts, error, connection = read_response(stream, pieces)
+                    texts, error, connection = outcome_of_pieces(stream, pieces)
                     self.assertEqual((["a"], None, True), (texts, error, connection.is_open))
                     self.assertEqual(0.01, connection.timeouts.total_timeout)
 
     def test_what_does_not_follow_done_is_waited_for_for_10_ms(self):
         for framing, rest in [("chunked", 2), ("length", 1)]:
             answer = framed(sse(text_chunk("a")), framing, EVENTS)[:-rest]
-            with self.case(framing), self.serve(*[hang(answer)] * 3) as server, self.within(0.5):
-                for _ in range(3):
-                    self.assertEqual((["a"], None), outcome(stream))
+            with self.case(framing), self.serve(hang(answer)) as server, self.within(0.5):
+                self.assertEqual((["a"], None), outcome(stream))
                 self.ask()
-                self.assertEqual(4, server.connections)
+                self.assertEqual(2, server.connections)
 
     def test_what_trickles_behind_done_is_not_waited_for(self):
         start = STREAM_HEAD + chunked(sse(text_chunk("a")))[:-5]
@@ -3205,14 +2580,10 @@ class ReuseTests(TestCase):
         one, other = client_tls(), client_tls()
         with Proxy() as proxy, self.serve(tls=server_tls()) as server:
             for connections, context, proxy_url in [
-                (1, one, ""),
-                (2, other, ""),
-                (2, one, ""),
-                (3, one, proxy.url),
+                (1, one, ""), (2, other, ""), (2, one, ""), (3, one, proxy.url),
                 (4, one, proxy.url.replace("//", "//user:password@")),
-                (4, one, ""),
-                (4, other, ""),
-            ]:
+                (4, one, ""), (4, other, ""),
+            ]:  # fmt: skip
                 os.environ["HTTPS_PROXY"] = proxy_url
                 self.ask(ssl_context=context)
                 self.assertEqual(connections, server.connections)
@@ -3224,12 +2595,9 @@ class ReuseTests(TestCase):
             sock = connection._sock
             self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
             for name, value in [
-                ("TCP_NODELAY", 1),
-                ("TCP_KEEPIDLE", 60),
-                ("TCP_KEEPALIVE", 60),
-                ("TCP_KEEPINTVL", 60),
-                ("TCP_NOTSENT_LOWAT", 16384),
-            ]:
+                ("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60),
+                ("TCP_KEEPINTVL", 60), ("TCP_NOTSENT_LOWAT", 16384),
+            ]:  # fmt: skip
                 if hasattr(socket, name):
                     found = sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
                     self.assertEqual(value, found, name)
@@ -3269,15 +2637,11 @@ class IdleConnection:
 class PoolTests(TestCase):
     def test_an_idle_connection_must_be_young_by_both_clocks(self):
         for monotonic, wall, is_kept in [
-            (0.0, 0.0, True),
-            (3.9, 3.9, True),
-            (4.1, 4.1, False),
+            (0.0, 0.0, True), (3.9, 3.9, True), (4.1, 4.1, False),
             (4.1, 0.0, False),  # the clock was set back
             (0.1, 4.1, False),  # the machine slept, or the Lambda was frozen
-            (0.0, 3600.0, False),
-            (3.9, -3600.0, True),
-            (3600.0, -3600.0, False),
-        ]:
+            (0.0, 3600.0, False), (3.9, -3600.0, True), (3600.0, -3600.0, False),
+        ]:  # fmt: skip
             now = [1000.0, 1_700_000_000.0]
             pool = friendli_lite._ConnectionPool(lambda now=now: now[0], lambda now=now: now[1])
             with self.case(monotonic, wall), mock.patch.object(friendli_lite, "_pool", pool):
@@ -3292,7 +2656,7 @@ class PoolTests(TestCase):
     def test_the_clocks_are_that_of_the_wall_and_the_monotonic_one(self):
         self.assertEqual((time.monotonic, time.time), friendli_lite._pool._clocks)
 
-    def test_the_connection_used_last_is_taken_and_the_one_idle_longest_closed(self):
+    def test_the_connection_used_last_is_taken_the_oldest_closed(self):
         pool = friendli_lite._ConnectionPool(lambda: 0.0)
         idle = [IdleConnection() for _ in range(66)]
         for connection in idle:
@@ -3504,27 +2868,12 @@ class ThreadsAndProcessesTests(TestCase):
             thread.join(5)
             pool.close()
 
-    def test_close_from_another_thread_wakes_the_one_that_waits(self):
-        """Over TLS by the socket below: SSLSocket.shutdown() would make it a plain one first."""
-        for scheme in ("http", "https"):
-            with self.each(scheme, hang(STREAM_HEAD)) as (_, options):
-                chunks = stream("x", timeout=5, **options)
-                thread = ThreadPoolExecutor(1)
-                waiting = thread.submit(self.assertRaises, APIConnectionError, next, chunks)
-                while not chunks._chunks.gi_running:
-                    time.sleep(0.001)
-                with mock.patch.object(ssl.SSLSocket, "shutdown") as shutdown, self.within(1):
-                    chunks.close()
-                    waiting.result(5)
-                thread.shutdown()
-                self.assertFalse(shutdown.called)
-
     def test_what_another_process_opened_is_not_shut_down(self):
         with self.serve() as server:
             self.ask()
             (connection,) = friendli_lite._pool._idle
             connection._owner = 0
-            connection.shut_down()
+            connection.shut_down(connection._claims)
             self.ask()
             self.assertEqual(1, server.connections)
 
@@ -3537,14 +2886,13 @@ class ThreadsAndProcessesTests(TestCase):
                 connection = response.connection
                 with mock.patch.object(connection, "_sock", connection._sock) as sock:
                     if is_shut_down:
-                        connection.shut_down()
+                        connection.shut_down(connection._claims)
                     response.close()
-                    connection.shut_down()
+                    connection.shut_down(connection._claims)
                     response.close()
                     self.assertEqual(-1 if is_shut_down else sock.fileno(), sock.fileno())
-                self.assertEqual(
-                    [] if is_shut_down else [connection], list(friendli_lite._pool._idle)
-                )
+                idle = [] if is_shut_down else [connection]
+                self.assertEqual(idle, list(friendli_lite._pool._idle))
             friendli_lite._pool.close()
 
 
@@ -3555,15 +2903,10 @@ def throw(error):
 @unittest.skipUnless(hasattr(signal, "pthread_kill"), "this system has no signals")
 class SignalTests(TestCase):
     WAITS = [
-        (complete, b""),
-        (complete, OK + b"Content-"),
-        (complete, JSON_HEAD),
-        (complete, CHUNKED_JSON_HEAD),
-        (stream, b""),
-        (stream, STREAM_HEAD),
-        (stream, STREAM_HEAD + b"ff\r\ndata: "),
-        (complete, head(503, Content_Length=9)),
-    ]
+        (complete, b""), (complete, OK + b"Content-"), (complete, JSON_HEAD),
+        (complete, CHUNKED_JSON_HEAD), (stream, b""), (stream, STREAM_HEAD),
+        (stream, STREAM_HEAD + b"ff\r\ndata: "), (complete, head(503, Content_Length=9)),
+    ]  # fmt: skip
 
     def interrupt(self, size):
         """Have SIGALRM come while the client waits for what follows so many bytes."""
@@ -3602,7 +2945,7 @@ class SignalTests(TestCase):
                     with self.subTest(url, error=repr(error)):
                         self.handle(lambda *_, error=error: throw(error))
                         self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
-                        signal.setitimer(signal.ITIMER_REAL, 0.01)
+                        signal.setitimer(signal.ITIMER_REAL, 0.005)
                         with self.assertRaises(type(error)) as caught:
                             complete("x", server_url=url, retries=3, timeout=5, ssl_context=NO_CAS)
                         self.assertIs(error, caught.exception)
@@ -3638,10 +2981,9 @@ class SignalTests(TestCase):
             with self.each(scheme) as (server, options):
                 os.environ["SSL_CERT_FILE"] = certificates()("ca.pem")
                 for call, data, rest in [
-                    (complete, ANSWER[:9], ANSWER[9:]),
-                    (stream, STREAM[:200], STREAM[200:]),
+                    (complete, ANSWER[:9], ANSWER[9:]), (stream, STREAM[:200], STREAM[200:]),
                     (complete, b"", ANSWER),
-                ]:
+                ]:  # fmt: skip
 
                     def answer(sock, data=data, rest=rest):
                         sock.sendall(data)
@@ -3685,7 +3027,7 @@ class SignalTests(TestCase):
         self.assertEqual(before, open_descriptors())
 
 
-# Connecting, and the limits of time
+# The transport: connecting, and the limits of time
 
 
 NO_CAS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # for what fails before: it takes no time to make
@@ -3703,7 +3045,7 @@ class ConnectTests(TestCase):
     def test_a_dead_first_address_leaves_time_for_the_next(self):
         with contextlib.ExitStack() as stack:
             full = listener(stack, backlog=0)
-            for scheme, limits in [("http", {"timeout": 0.08}), ("https", {"total_timeout": 0.15})]:
+            for scheme, limits in [("http", {"timeout": 0.05}), ("https", {"total_timeout": 0.1})]:
                 with self.each(scheme) as (server, options), self.within(1):
                     lookup = self.addresses(full, server.url)
                     url = f"{scheme}://localhost:9"
@@ -3744,15 +3086,13 @@ class ConnectTests(TestCase):
                 with looked_up, self.assertRaises(APITimeoutError) as caught:
                     call.complete()
                 self.assertIn(f": cannot connect within {limit}; ", str(caught.exception))
-                self.assertEqual(
-                    shares, [round(args[0], 9) for args, _ in sock.settimeout.call_args_list]
+                waited, connected, made = (
+                    [args for args, _ in method.call_args_list]
+                    for method in (sock.settimeout, sock.connect, sockets)
                 )
-                self.assertEqual(
-                    [item[-1] for item in lookup], [a for (a,), _ in sock.connect.call_args_list]
-                )
-                self.assertEqual(
-                    [item[:3] for item in lookup], [a for a, _ in sockets.call_args_list]
-                )
+                self.assertEqual(shares, [round(seconds, 9) for (seconds,) in waited])
+                self.assertEqual([(item[-1],) for item in lookup], connected)
+                self.assertEqual([item[:3] for item in lookup], made)
                 self.assertEqual(len(lookup), sock.close.call_count - 1)
 
     def test_a_timeout_of_the_network_leaves_the_rest_to_the_next_address(self):
@@ -3807,67 +3147,28 @@ class ConnectTests(TestCase):
         expected = [("h", 80), ("h", 443), ("h", 8443), ("::1", 80), ("h.", 1), ("proxy", 80)]
         self.assertEqual(expected, asked)
 
-    def test_no_server_is_an_error_that_says_where_how_often_and_what_to_check(self):
+    def test_no_server_is_an_error_that_says_where_and_what_to_check(self):
         with self.serve() as server:
             pass
         for call in MEDIA_TYPES:
-            error = self.failure(APIConnectionError, call, retries=RetryConfig(initial_delay=0))
+            error = self.failure(APIConnectionError, call, retries=AT_ONCE)
             words = "refused", "check server_url", "after 4 attempts"
             self.check_error(APIConnectionError, error, server.url, *words)
-
-    def test_a_failure_to_connect_is_tried_again_also_by_time(self):
-        retries = RetryConfig(1, initial_delay=0)
-        with contextlib.ExitStack() as stack:
-            full, quiet = listener(stack, backlog=0), listener(stack)
-            for url, attempts in [
-                (full, 2),
-                (quiet.replace("http", "https"), 2),  # the handshake
-                (quiet, 1),  # the request was sent
-            ]:
-                with self.case(url):
-                    options = {"timeout": 0.01, "retries": retries, "ssl_context": NO_CAS}
-                    error = self.failure(APITimeoutError, server_url=url, **options)
-                    self.assertEqual(attempts, error.attempts)
 
     def test_faults_of_this_machine_are_not_tried_again(self):
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM):
             fault = OSError(number, os.strerror(number))
-            with self.case(fault), mock.patch.object(
-                socket, "socket", side_effect=fault
-            ) as sockets:
+            patch = mock.patch.object(socket, "socket", side_effect=fault)
+            with self.case(fault), patch as sockets:
                 error = self.failure(APIConnectionError, retries=3, server_url="http://127.0.0.1:9")
-                self.assertIn(
-                    f"cannot connect: {os.strerror(number)}; this machine is at fault", str(error)
-                )
+                words = f"cannot connect: {os.strerror(number)}; this machine is at fault"
+                self.check_error(APIConnectionError, error, words)
                 self.assertEqual((1, 1), (error.attempts, sockets.call_count))
-
-    def test_limits_name_themselves(self):
-        clock = mock.Mock(return_value=0.0)
-        timeouts = friendli_lite._Timeouts(0.2, 0.9, clock)
-        self.assertEqual(": no data received for timeout=0.2 s", timeouts.message())
-        self.assertEqual(": no data accepted for timeout=0.2 s", timeouts.message("accepted"))
-        self.assertEqual(0.2, timeouts.for_socket())
-        clock.return_value = 0.8
-        self.assertAlmostEqual(0.1, timeouts.for_socket())
-        clock.return_value = 0.9
-        self.assertEqual(": total_timeout=0.9 s was spent", timeouts.message())
-        self.assertRaisesRegex(socket.timeout, "timed out", timeouts.for_socket)
-        for timeout, total_timeout, words in [
-            (600.0, 1e6, " within 10 s (the limit for connecting)"),
-            (0.3, 1e6, " within 0.3 s (timeout)"),
-            (600.0, 1.2, " within 0.3 s (total_timeout)"),
-            (600.0, 0.5, " within 0 s (total_timeout)"),
-        ]:
-            clock.return_value = 0.0
-            timeouts = friendli_lite._Timeouts(timeout, total_timeout, clock)
-            clock.return_value = 0.9
-            self.assertEqual(words, friendli_lite._ConnectTimeouts(timeouts).message())
 
 
 class TimeoutTests(TestCase):
     def silences(self, stack):
         """Cases in which no byte comes, in every phase, by either limit."""
-        event = chunked(sse(text_chunk("a"), done=False))[:-5]
         cut = "the response was cut short: "
         answers = [
             ("no word", complete, "no response: ", hang()),
@@ -3876,15 +3177,15 @@ class TimeoutTests(TestCase):
             ("a head", complete, cut, hang(JSON_HEAD)),
             ("half a body", complete, cut, hang(JSON_HEAD + b"{")),
             ("the head of a stream", stream, cut, hang(STREAM_HEAD)),
-            ("an event", stream, cut, hang(STREAM_HEAD + event)),
+            ("an event", stream, cut, hang(ONE_EVENT)),
             ("half a chunk", stream, cut, hang(STREAM_HEAD + b"ff\r\ndata: ")),
             ("half a chunk size", stream, cut, hang(STREAM_HEAD + b"f")),
         ]
         quiet, full = listener(stack), listener(stack, backlog=0)
         https = quiet.replace("http", "https")
         for limits, received, connected in [
-            ({"timeout": 0.1}, "no data received for timeout=0.1 s", r"0\.1 s \(timeout\)"),
-            ({"total_timeout": 0.1}, "", r"0\.\d+ s \(total_timeout\)"),
+            ({"timeout": 0.07}, "no data received for timeout=0.07 s", r"0\.07 s \(timeout\)"),
+            ({"total_timeout": 0.07}, "", r"0\.\d+ s \(total_timeout\)"),
         ]:
             for name, call, what, answer in answers:
                 words = received and what + received
@@ -3896,7 +3197,7 @@ class TimeoutTests(TestCase):
             words = received and f"not be sent: {received.replace('received', 'accepted')}"
             options = {**limits, "prompt": "x" * 3_000_000}
             yield "an upload", quiet, complete, words, options
-        limits = {"timeout": 0.03, "total_timeout": 0.1}
+        limits = {"timeout": 0.03, "total_timeout": 0.08}
         limits["retries"] = RetryConfig(9, initial_delay=0, retry_timeouts=True)
         yield "retries", quiet, stream, "", limits
 
@@ -3911,9 +3212,9 @@ class TimeoutTests(TestCase):
             ("a stream", stream, STREAM_HEAD, b"1\r\nd\r\n"),
             ("a chunk size", stream, STREAM_HEAD, b"0"),
             ("comments", stream, STREAM_HEAD, chunked(b": ping\n\n")[:-5]),
-            ("events", stream, STREAM_HEAD, chunked(sse(text_chunk("a"), done=False))[:-5]),
+            ("events", stream, STREAM_HEAD, A_CHUNK),
         ]
-        limits = {"timeout": 0.1, "total_timeout": 0.15}
+        limits = {"timeout": 0.08, "total_timeout": 0.11}
         for name, call, start, more in cases:
             yield name, self.serve(trickle(start, more)).url, call, "", limits
         if shutil.which("openssl"):
@@ -3946,21 +3247,13 @@ class TimeoutTests(TestCase):
             self.ask(2, timeout=None)
             self.ask(timeout=float("inf"), total_timeout=float("inf"))
 
-    def test_an_error_page_that_does_not_end_is_shown_as_far_as_it_came(self):
-        page = head(500, Content_Length=99) + b"out of order"
-        for limit, answer in [("timeout", hang(page)), ("total_timeout", trickle(page, b"!"))]:
-            with self.case(limit), self.serve(answer) as server, self.within(0.5):
-                error = self.failure(APIStatusError, **{limit: 0.02})
-                self.check_error(APIStatusError, error, "500 Reason: out of order")
-                self.ask()
-                self.assertEqual(2, server.connections)
-
     def test_a_spent_total_timeout_sends_nothing(self):
         with self.serve() as server:
-            for call, total_timeout in itertools.product(MEDIA_TYPES, [0, -1.5]):
-                error = self.failure(APITimeoutError, call, total_timeout=total_timeout)
+            for call, seconds in itertools.product(MEDIA_TYPES, [0, -1.5]):
+                error = self.failure(APITimeoutError, call, total_timeout=seconds, retries=3)
+                words = f"the request was not sent: total_timeout={seconds} s was spent"
+                self.check_error(APITimeoutError, error, words)
                 self.assertEqual(0, error.attempts)
-                self.assertIn("the request was not sent", str(error))
             self.assertEqual(0, server.connections)
 
 
@@ -3982,7 +3275,7 @@ class RawServer(StandInContainer):
 
 class UploadTests(TestCase):
     def test_a_response_to_an_upload_that_the_server_stopped_reading_is_read(self):
-        """A server answers 413, and closes, before it has read 8 MB."""
+        """A server answers 413, and closes, before it has read 4 MB."""
 
         def refuse(sock):
             sock.recv(1000)
@@ -3991,7 +3284,7 @@ class UploadTests(TestCase):
 
         for scheme in ("http", "https"):
             with self.case(scheme), RawServer(refuse, scheme) as server:
-                options = {"prompt": "x" * 8_000_000, "server_url": server.url, "retries": 3}
+                options = {"prompt": "x" * 4_000_000, "server_url": server.url, "retries": 3}
                 if scheme == "https":
                     options["ssl_context"] = client_tls()
                 error = self.failure(APIStatusError, **options)
@@ -4016,7 +3309,7 @@ class UploadTests(TestCase):
 
     @unittest.skipUnless(hasattr(socket, "TCP_NOTSENT_LOWAT"), "the buffer hides what was not sent")
     def test_a_slow_line_shows_progress_over_http_and_https(self):
-        """It takes 16 KiB in 0.05 s: a larger piece, or a buffer that hides it, takes too long."""
+        """It takes 16 KiB in 0.035 s: a larger piece, or a buffer that hides it, takes too long."""
         size = 130_000
 
         def read_slowly(sock):
@@ -4024,7 +3317,7 @@ class UploadTests(TestCase):
             for data in iter(lambda: sock.recv(4096), b""):
                 received += len(data)
                 if received < 80_000:
-                    time.sleep(0.013)
+                    time.sleep(0.009)
                 if received >= size:
                     sock.sendall(ANSWER)
                     break
@@ -4033,7 +3326,7 @@ class UploadTests(TestCase):
             options = {"ssl_context": client_tls()} if scheme == "https" else {}
             with RawServer(read_slowly, scheme) as server:
                 server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                return outcome(complete, "x" * size, server_url=server.url, timeout=0.2, **options)
+                return outcome(complete, "x" * size, server_url=server.url, timeout=0.14, **options)
 
         schemes = ["http", "https"] if shutil.which("openssl") else ["http"]
         with ThreadPoolExecutor(2) as threads:
@@ -4042,7 +3335,7 @@ class UploadTests(TestCase):
                     self.assertEqual(([TEXT], None), found)
 
 
-# Proxies
+# The transport: proxies
 
 
 class ProxyTests(TestCase):
@@ -4058,9 +3351,8 @@ class ProxyTests(TestCase):
                 for call in MEDIA_TYPES:
                     self.ask(3, call, **options)
                 self.assertEqual((6, 1), (len(server.requests), proxy.connections))
-                self.assertEqual(
-                    {f"Bearer {TOKEN}"}, {r.headers["authorization"] for r in server.requests}
-                )
+                tokens = {request.headers["authorization"] for request in server.requests}
+                self.assertEqual({f"Bearer {TOKEN}"}, tokens)
                 first = proxy.requests[0]
                 if scheme == "http":
                     self.assertEqual(f"{server.url}/v1/completions", first.path)
@@ -4082,16 +3374,10 @@ class ProxyTests(TestCase):
                     self.through(proxy.url, wrong)
                     error = self.failure(APIStatusError, **options)
                     self.assertEqual((407, "who are you?"), (error.status_code, error.message))
+                    words = (" through the proxy {} responded", "user and password")
                     if scheme == "https":
-                        words = (
-                            f": the proxy 127.0.0.1:{proxy.port} responded with 407",
-                            "check HTTPS_PROXY",
-                        )
-                    else:
-                        words = (
-                            f" through the proxy 127.0.0.1:{proxy.port} responded",
-                            "user and password",
-                        )
+                        words = (": the proxy {} responded with 407", "check HTTPS_PROXY")
+                    words = [word.format(f"127.0.0.1:{proxy.port}") for word in words]
                     self.check_error(APIStatusError, error, *words)
                     self.assertNotIn("wrong-secret", shown(error))
                 self.assertEqual(2, len(server.requests))
@@ -4100,11 +3386,10 @@ class ProxyTests(TestCase):
         with Proxy(refusal=json_answer({}, 502)) as proxy:
             self.through(proxy.url)
             for url, target in [
-                ("https://[::1]:8443", "[::1]:8443"),
-                ("https://[::1]", "[::1]:443"),
+                ("https://[::1]:8443", "[::1]:8443"), ("https://[::1]", "[::1]:443"),
                 ("https://friendli.invalid:", "friendli.invalid:443"),
                 ("https://friendli.invalid/a/b", "friendli.invalid:443"),
-            ]:
+            ]:  # fmt: skip
                 with self.case(url):
                     proxy.requests.clear()
                     self.failure(APIStatusError, server_url=url, ssl_context=NO_CAS)
@@ -4138,22 +3423,17 @@ class ProxyTests(TestCase):
                 self.check_error(APITimeoutError, error, "through the proxy 127.0.0.1:", late)
                 stack.close()
                 error = self.failure(APIConnectionError, **options)
+                what = "cannot connect through the proxy 127.0.0.1:"
                 words = f"refused; check {scheme.upper()}_PROXY"
-                self.check_error(
-                    APIConnectionError, error, "cannot connect through the proxy 127.0.0.1:", words
-                )
+                self.check_error(APIConnectionError, error, what, words)
 
     def test_which_variable_names_the_proxy(self):
         a, b, c = "http://a:1", "http://b:2", "http://c:3"
         for variables, *urls in [
-            ({}, None, None),
-            ({"HTTP_PROXY": a}, a, None),
-            ({"HTTPS_PROXY": a}, None, a),
+            ({}, None, None), ({"HTTP_PROXY": a}, a, None), ({"HTTPS_PROXY": a}, None, a),
             ({"http_proxy": a, "HTTP_PROXY": b}, a, None),
-            ({"https_proxy": a, "HTTPS_PROXY": b}, None, a),
-            ({"ALL_PROXY": a}, a, a),
-            ({"all_proxy": a, "ALL_PROXY": b}, a, a),
-            ({"HTTP_PROXY": a, "ALL_PROXY": b}, a, b),
+            ({"https_proxy": a, "HTTPS_PROXY": b}, None, a), ({"ALL_PROXY": a}, a, a),
+            ({"all_proxy": a, "ALL_PROXY": b}, a, a), ({"HTTP_PROXY": a, "ALL_PROXY": b}, a, b),
             ({"HTTPS_PROXY": a, "all_proxy": b}, b, a),
             ({"HTTP_PROXY": "", "HTTPS_PROXY": "", "ALL_PROXY": ""}, None, None),
             ({"HTTP_PROXY": "", "ALL_PROXY": a}, a, a),
@@ -4165,7 +3445,7 @@ class ProxyTests(TestCase):
             ({"HTTPS_PROXY": a, "REQUEST_METHOD": "GET"}, None, a),
             ({"HTTP_PROXY": a, "ALL_PROXY": b, "REQUEST_METHOD": ""}, b, b),
             ({"HTTP_PROXY": a, "HTTPS_PROXY": b, "ALL_PROXY": c}, a, b),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(variables), mock.patch.dict(os.environ, variables):
                 for scheme, url in zip(("http", "https"), urls):
                     proxy = friendli_lite._find_proxy(scheme, "friendli.invalid")
@@ -4175,18 +3455,13 @@ class ProxyTests(TestCase):
 
     def test_the_forms_of_a_proxy_url(self):
         for url, address, user_password in [
-            ("http://a:1", "a:1", None),
-            ("http://a", "a", None),
-            ("a:1", "a:1", None),
+            ("http://a:1", "a:1", None), ("http://a", "a", None), ("a:1", "a:1", None),
             ("HTTP://a.example.org.:1/", "a.example.org.:1", None),
-            ("http://[::1]:1", "[::1]:1", None),
-            ("http://user:word@a:1", "a:1", "user:word"),
-            ("user:word@a:1", "a:1", "user:word"),
-            ("http://user@a:1", "a:1", "user:"),
-            ("http://:word@a:1", "a:1", ":word"),
-            ("http://user:a:b:@a:1", "a:1", "user:a:b:"),
+            ("http://[::1]:1", "[::1]:1", None), ("http://user:word@a:1", "a:1", "user:word"),
+            ("user:word@a:1", "a:1", "user:word"), ("http://user@a:1", "a:1", "user:"),
+            ("http://:word@a:1", "a:1", ":word"), ("http://user:a:b:@a:1", "a:1", "user:a:b:"),
             ("http://us%3Aer:p%40ss%2F%20%C3%A9@a:1", "a:1", "us:er:p@ss/ é"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(url), mock.patch.dict(os.environ, ALL_PROXY=url):
                 proxy = friendli_lite._find_proxy("https", "friendli.invalid")
                 headers = {}
@@ -4265,15 +3540,9 @@ class ProxyTests(TestCase):
                 self.through(proxy.url)
                 here = f"127.0.0.1:{server.port}"
                 for no_proxy, connections in [
-                    ("127.0.0.1", 0),
-                    ("::1 127.0.0.1", 0),
-                    ("127.0.0.0/8", 0),
-                    ("a.invalid,*", 0),
-                    (here, 0),
-                    ("127.0.0.1:9, 7.0.0.1, ocalhost", 1),
-                    ("", 1),
-                    ("*", 1),
-                ]:
+                    ("127.0.0.1", 0), ("::1 127.0.0.1", 0), ("127.0.0.0/8", 0), ("a.invalid,*", 0),
+                    (here, 0), ("127.0.0.1:9, 7.0.0.1, ocalhost", 1), ("", 1), ("*", 1),
+                ]:  # fmt: skip
                     os.environ["NO_PROXY"] = no_proxy
                     self.ask(**options)
                     self.assertEqual(connections, proxy.connections, no_proxy)
@@ -4282,117 +3551,82 @@ class ProxyTests(TestCase):
     def test_a_variable_that_changes_is_seen_at_the_next_call(self):
         with self.serve() as server, Proxy() as one, Proxy() as other:
             for name, value, seen in [
-                ("X", "", [0, 0]),
-                ("ALL_PROXY", one.url, [1, 0]),
-                ("HTTP_PROXY", other.url, [1, 1]),
-                ("REQUEST_METHOD", "GET", [2, 1]),
-                ("http_proxy", other.url, [2, 2]),
-                ("DEFAULT_PROXY", one.url, [2, 3]),
-                ("http_proxy", "", [3, 3]),
-                ("ALL_PROXY", "", [3, 3]),
-            ]:
+                ("X", "", [0, 0]), ("ALL_PROXY", one.url, [1, 0]),
+                ("HTTP_PROXY", other.url, [1, 1]), ("REQUEST_METHOD", "GET", [2, 1]),
+                ("http_proxy", other.url, [2, 2]), ("DEFAULT_PROXY", one.url, [2, 3]),
+                ("http_proxy", "", [3, 3]), ("ALL_PROXY", "", [3, 3]),
+            ]:  # fmt: skip
                 os.environ[name] = value
                 self.ask()
                 self.assertEqual(seen, [len(one.requests), len(other.requests)], name)
             self.assertEqual(8, len(server.requests))
 
     def test_the_systems_settings_count_without_variables_and_are_read_once(self):
-        self.addCleanup(friendli_lite._system_proxy.cache_clear)
-        for scheme, function in itertools.product(
-            ["http", "https"], ["getproxies_macosx_sysconf", "getproxies_registry"]
-        ):
-            with self.each(scheme) as (_, options), contextlib.ExitStack() as stack:
-                proxy = stack.enter_context(Proxy())
+        forget = friendli_lite._system_proxy.cache_clear
+        self.addCleanup(forget)
+        functions = ["getproxies_macosx_sysconf", "getproxies_registry"]
+        for scheme, function in itertools.product(["http", "https"], functions):
+            with self.each(scheme) as (_, options), Proxy() as proxy:
                 settings = mock.Mock(return_value={scheme: proxy.url, "ftp": "ftp://x"})
                 bypass = mock.Mock(return_value=False)
-                patch = functools.partial(
-                    mock.patch.object, friendli_lite.urllib.request, create=True
-                )
-                stack.enter_context(patch(function, settings))
-                stack.enter_context(patch("proxy_bypass", bypass))
-                for expected, is_bypassed in [(1, False), (1, True)]:
-                    friendli_lite._system_proxy.cache_clear()
-                    friendli_lite._pool.close()
-                    bypass.return_value = is_bypassed
+                patches = {function: settings, "proxy_bypass": bypass, "create": True}
+                with mock.patch.multiple(friendli_lite.urllib.request, **patches):
+                    for is_bypassed in (False, True):
+                        forget()
+                        friendli_lite._pool.close()
+                        bypass.return_value = is_bypassed
+                        self.ask(2, **options)
+                        self.assertEqual(1, proxy.connections)
+                        read = settings.call_count
+                        self.ask(**options)
+                        self.assertEqual(read, settings.call_count)
+                    forget()
+                    settings.return_value = {}
                     self.ask(2, **options)
-                    self.assertEqual(expected, proxy.connections)
-                    read = settings.call_count
-                    self.ask(**options)
-                    self.assertEqual(read, settings.call_count)
-                friendli_lite._system_proxy.cache_clear()
-                settings.return_value = {}
-                self.ask(2, **options)
-                self.assertEqual((1, read + 1), (proxy.connections, settings.call_count))
-                settings.return_value = {scheme: "http://nowhere.invalid"}
-                friendli_lite._system_proxy.cache_clear()
-                with mock.patch.dict(os.environ, ALL_PROXY=proxy.url):
-                    self.ask(**options)
-                self.assertEqual(read + 1, settings.call_count)
+                    self.assertEqual((1, read + 1), (proxy.connections, settings.call_count))
+                    settings.return_value = {scheme: "http://nowhere.invalid"}
+                    forget()
+                    with mock.patch.dict(os.environ, ALL_PROXY=proxy.url):
+                        self.ask(**options)
+                    self.assertEqual(read + 1, settings.call_count)
 
     def test_an_error_of_a_proxy_of_the_systems_settings_says_so(self):
         self.addCleanup(friendli_lite._system_proxy.cache_clear)
         friendli_lite._system_proxy.cache_clear()
         with contextlib.ExitStack() as stack:
             url = listener(stack)
-            stack.close()
-            settings = mock.patch.object(
-                friendli_lite.urllib.request,
-                "getproxies_macosx_sysconf",
-                lambda: {"http": url},
-                create=True,
-            )
-            with settings:
-                error = self.failure(APIConnectionError, server_url="http://friendli.invalid")
+        settings = {"getproxies_macosx_sysconf": lambda: {"http": url}, "create": True}
+        with mock.patch.multiple(friendli_lite.urllib.request, **settings):
+            error = self.failure(APIConnectionError, server_url="http://friendli.invalid")
         self.check_error(APIConnectionError, error, "refused; check the system's proxy settings")
 
 
-# TLS
+# The transport: TLS
 
 
 class TLSTests(TestCase):
     def test_a_refused_certificate_is_not_tried_again_and_the_advice_fits(self):
+        untrusted = "pass ssl_context, or name a file with its CA"
+        elsewhere = "not valid for '127.0.0.1'", "check the host in server_url"
         for name, context, reason, hint in [
-            (
-                "self-signed",
-                client_tls(),
-                "self[- ]signed",
-                "pass ssl_context, or name a file with its CA",
-            ),
-            (
-                "elsewhere",
-                client_tls(),
-                "not valid for '127.0.0.1'",
-                "check the host in server_url",
-            ),
+            ("self-signed", client_tls(), "self[- ]signed", untrusted),
+            ("elsewhere", client_tls(), *elsewhere),
             ("expired", client_tls(), "expired", "check this machine's clock"),
-            (
-                "server",
-                None,
-                "unable to get|self[- ]signed",
-                "pass ssl_context, or name a file with its CA",
-            ),
+            ("server", None, "unable to get|self[- ]signed", untrusted),
         ]:
             with self.case(name), self.serve(tls=server_tls(name)) as server:
                 error = self.failure(APIConnectionError, ssl_context=context, retries=3)
                 self.assertRegex(str(error), f"cannot connect: TLS failed: .*({reason}).*; {hint}")
-                self.assertEqual(
-                    (1, 1, 0), (error.attempts, server.connections, len(server.requests))
-                )
+                self.assertEqual((1, 1), (error.attempts, server.connections))
+                self.assertEqual([], server.requests)
 
     def test_a_server_that_speaks_no_tls_is_told_and_not_tried_again(self):
-        for answer in (
-            b"HTTP/1.1 400 Bad Request\r\n\r\n",
-            b"SSH-2.0-OpenSSH_9.9\r\n",
-            b"nonsense" * 9,
-        ):
+        for answer in (b"HTTP/1.1 400 Bad\r\n\r\n", b"SSH-2.0-OpenSSH_9.9\r\n", b"nonsense" * 9):
             with self.case(answer), RawServer(hang(answer)) as server:
-                url = server.url.replace("http", "https")
-                error = self.failure(
-                    APIConnectionError, server_url=url, retries=3, ssl_context=NO_CAS
-                )
-                self.check_error(
-                    APIConnectionError, error, "the server does not speak TLS, try http://"
-                )
+                options = {"server_url": server.url.replace("http", "https"), "retries": 3}
+                error = self.failure(APIConnectionError, ssl_context=NO_CAS, **options)
+                words = "the server does not speak TLS, try http://"
+                self.check_error(APIConnectionError, error, words)
                 self.assertNotIn("CA", str(error).partition("cannot connect")[2])
                 self.assertEqual((1, 1), (error.attempts, server.connections))
 
@@ -4415,7 +3649,7 @@ class TLSTests(TestCase):
         with self.serve(tls=server_tls(client_ca=path("ca.pem"))) as server:
             self.failure(APIConnectionError, ssl_context=context)
             self.assertEqual([], server.requests)
-            context.load_cert_chain(path("client.pem"), path("client.key"))
+            context.load_cert_chain(path("elsewhere.pem"), path("elsewhere.key"))
             self.ask(3, ssl_context=context)
             self.assertEqual(2, server.connections)
 
@@ -4461,21 +3695,18 @@ class TLSTests(TestCase):
         self.assertEqual((1, ["http/1.1"]), (build.call_count, protocols))
 
     def test_other_variables_make_another_default_context(self):
+        def context():
+            variables = map(os.environ.get, friendli_lite._CA_VARIABLES)
+            return friendli_lite._default_ssl_context(*variables)
+
         path = certificates()
         self.default_context()
         with self.serve(tls=server_tls()):
             for name, value in [("SSL_CERT_FILE", path("ca.pem")), ("SSL_CERT_DIR", path("."))]:
-                context = friendli_lite._default_ssl_context(
-                    *map(os.environ.get, friendli_lite._CA_VARIABLES)
-                )
+                before = context()
                 os.environ[name] = value
                 self.ask()
-                self.assertIsNot(
-                    context,
-                    friendli_lite._default_ssl_context(
-                        *map(os.environ.get, friendli_lite._CA_VARIABLES)
-                    ),
-                )
+                self.assertIsNot(before, context())
 
     def test_a_missing_file_of_cas_is_said_and_read_once_it_is_there(self):
         path = certificates()
@@ -4538,19 +3769,11 @@ class TLSTests(TestCase):
 # Error texts
 
 
-def page(body, status=400, content_type="text/plain", **headers):
-    """A whole answer with an error page."""
-    length = len(body)
-    return head(status, Content_Type=content_type, Content_Length=length, **headers) + body
-
-
 class MessageTests(TestCase):
     JSON = [
         ('{"detail": "no such model"}', "no such model"),
-        (
-            '{"detail": [{"loc": ["body", "prompt"], "msg": "is null", "type": "type"}, "more"]}',
-            "body.prompt: is null; more",
-        ),
+        ('{"detail": [{"loc": ["body", "prompt"], "msg": "is null", "type": "type"}, "more"]}',
+         "body.prompt: is null; more"),
         (
             '{"detail": [{"loc": ["body", "stop", 0], "msg": "no string"}]}',
             "body.stop.0: no string",
@@ -4572,54 +3795,41 @@ class MessageTests(TestCase):
         ('{"errors": "spent"}', "spent"),
         ('{"fault": {"faultstring": "quota used up"}}', "quota used up"),
         ('{"errorMessage": "boom", "errorType": "X"}', "boom"),
-        ('{"error_message": "boom"}', "boom"),
-        ('{"msg": "boom"}', "boom"),
+        ('{"error_message": "boom"}', "boom"), ('{"msg": "boom"}', "boom"),
         ('{"description": "boom"}', "boom"),
         ('{"status": "Failure", "reason": "Forbidden"}', "Forbidden"),
         ('{"title": "model is loading", "status": 403}', "model is loading"),
-        (
-            '{"type": "https://a/b", "title": "No credit", "detail": "It is 30", "status": 403}',
-            "No credit: It is 30",
-        ),
+        ('{"type": "https://a/b", "title": "No credit", "detail": "It is 30", "status": 403}',
+         "No credit: It is 30"),
         ('{"error": "invalid_grant", "error_description": "expired"}', "invalid_grant: expired"),
         ('{"error": "twice", "message": "twice"}', "twice"),
         ('{"error": {"code": "content_filter"}}', "content_filter"),
         ('{"error": {"type": "overloaded"}}', "overloaded"),
         ('{"error": {"message": "", "type": "overloaded", "param": null}}', "overloaded"),
-        ('{"errors": [{"code": 7}]}', "7"),
-        ('{"fault": {"code": "E1"}}', "E1"),
-        ('{"code": "E42"}', "E42"),
-        ('{"error": null, "message": "m"}', "m"),
+        ('{"errors": [{"code": 7}]}', "7"), ('{"fault": {"code": "E1"}}', "E1"),
+        ('{"code": "E42"}', "E42"), ('{"error": null, "message": "m"}', "m"),
         ('{"error": true, "message": "m"}', "m"),
         ('[{"error": {"code": 429, "message": "exhausted"}}]', "exhausted"),
-        ('" text "', "text"),
-        ("3", "3"),
+        ('" text "', "text"), ("3", "3"),
         *((text, "") for text in ("[]", "{}", "null", "false", '""')),
         # Where no known key has a text, the JSON itself
         *((text, text) for text in ('{"a": "b"}', '{"error": []}', '{"error": {"a": 1}}', "true")),
         ('{"errors": {"prompt": ["too long"]}}', '{"errors": {"prompt": ["too long"]}}'),
-        ("[" * 5000, "[" * 5000),
-        ('{"error":' * 5000, '{"error":' * 5000),
+        ("[" * 5000, "[" * 5000), ('{"error":' * 5000, '{"error":' * 5000),
         ('{"error": 1' + "0" * 5000, '{"error": 1' + "0" * 5000),
-    ]
+    ]  # fmt: skip
     HTML = [
-        ("", ""),
-        ("plain\r\n text", "plain text"),
-        ("1 < 2 and 3 > 2 <3", "1 < 2 and 3 > 2 <3"),
+        ("", ""), ("plain\r\n text", "plain text"), ("1 < 2 and 3 > 2 <3", "1 < 2 and 3 > 2 <3"),
         ("<html><title>502</title><p>Bad Gateway</p></html>", "502 Bad Gateway"),
         ("<!DOCTYPE html><!-- <p>no --><p\nclass='a'>yes<br/>and</p>", "yes and"),
         ("<style>a > b {}</style>a<SCRIPT src=x>if (a<b) {}</script >b", "a b"),
         ("<script>\na\n</script>\n<!--\nb\n-->\n<p\n>c", "c"),
-        ("a<script>never ends", "a"),
-        ("a<!-- never ends", "a"),
-        ("a<styled>b</styled>", "a b"),
+        ("a<script>never ends", "a"), ("a<!-- never ends", "a"), ("a<styled>b</styled>", "a b"),
         ("caf&eacute; &#8364; &#x20AC; &lt;b&gt; &amp;lt; a&nbsp;b", "café € € <b> &lt; a b"),
         ("AT&T &bogus; &", "AT&T &bogus; &"),
-        (
-            '<?xml version="1.0"?><Error><Code>Denied</Code><Message>No</Message></Error>',
-            "Denied No",
-        ),
-    ]
+        ('<?xml version="1.0"?><Error><Code>Denied</Code><Message>No</Message></Error>',
+         "Denied No"),
+    ]  # fmt: skip
 
     def test_the_message_is_found_in_json_of_any_form(self):
         for body, message in self.JSON:
@@ -4640,11 +3850,9 @@ class MessageTests(TestCase):
     def test_a_message_is_short_and_on_one_line(self):
         for text, line in [
             (" quota\n\tspent\u001b[31m\u2028! ", "quota spent [31m !"),
-            ("x" * 500, "x" * 500),
-            ("x" * 501, "x" * 500 + "..."),
-            ("\0" * 3000 + "x" * 2000, "x" * 500 + "..."),
-            ("é\U0001f600", "é\U0001f600"),
-        ]:
+            ("x" * 500, "x" * 500), ("x" * 501, "x" * 500 + "..."),
+            ("\0" * 3000 + "x" * 2000, "x" * 500 + "..."), ("é\U0001f600", "é\U0001f600"),
+        ]:  # fmt: skip
             with self.subTest(text[:20]):
                 self.assertEqual(line, friendli_lite._one_line(text))
 
@@ -4686,31 +3894,19 @@ class MessageTests(TestCase):
             ("", "text/plain", None, ""),
         ]:
             data = body if isinstance(body, bytes) else body.encode()
-            for call in (complete, stream):
+            for call in MEDIA_TYPES:
                 answer = page(data, 418, content_type, X_Long="a  b" * 500)
                 with self.case(call.__name__, body[:40]), self.serve(answer) as server:
                     error = self.failure(APIStatusError, call)
                     self.assertEqual((418, text or body), (error.status_code, error.body))
                     self.assertEqual(message, error.message)
-                    expected = (
-                        f"POST {server.url}/v1/completions: the server responded with 418 Reason"
-                    )
-                    self.assertEqual(expected + (message and f": {message}"), str(error))
+                    what = f"{server.url}/v1/completions: the server responded with 418 Reason"
+                    self.assertEqual(f"POST {what}" + (message and f": {message}"), str(error))
                     expected = {
-                        "content-type": content_type,
-                        "content-length": str(len(data)),
+                        "content-type": content_type, "content-length": str(len(data)),
                         "x-long": "a  b" * 500,
-                    }
+                    }  # fmt: skip
                     self.assertEqual(expected, error.headers)
-
-    def test_a_login_page_in_place_of_a_completion_is_shown_as_it_reads(self):
-        body = b"<html><title>Please</title>\n<p>log in &amp; go on"
-        for call, media_type in MEDIA_TYPES.items():
-            with self.case(call), self.serve(page(body, 200, "text/html")):
-                error = self.failure(APIResponseError, call)
-                what = f": the response is text/html, not {media_type}; check server_url: "
-                self.assertTrue(str(error).endswith(what + "Please log in & go on"), error)
-                self.assertEqual(body.decode(), error.body)
 
     def test_a_compressed_page_is_named_with_its_size_and_not_shown(self):
         for coding, size, shown_as in [
@@ -4726,12 +3922,6 @@ class MessageTests(TestCase):
                 with self.serve(page(b"a" * size, 403, Content_Encoding=coding)):
                     error = self.failure(APIStatusError)
                 self.assertEqual([shown_as] * 2, [error.body, error.message])
-        for call, media_type in MEDIA_TYPES.items():
-            answer = page(payload(call, ONE), 200, media_type, Content_Encoding="gzip")
-            with self.case(call), self.serve(answer):
-                error = self.failure(APIResponseError, call)
-                self.assertIn(f"the response is {media_type} in gzip, not {media_type}", str(error))
-                self.assertRegex(error.body, r"\Aa body in gzip of \d\d bytes\Z")
 
     def test_a_page_is_shown_to_its_first_64_kib(self):
         for size, token in [(65535, ""), (65536, ""), (65537, ""), (65536, TOKEN), (99_999, TOKEN)]:
@@ -4744,14 +3934,13 @@ class MessageTests(TestCase):
 
     def test_a_page_that_does_not_end_is_shown_as_far_as_it_came(self):
         start = head(500, Content_Type="text/plain", Content_Length=99) + b"out of order"
-        login = (
-            head(200, Content_Type="text/html", Transfer_Encoding="chunked") + b"6\r\nlog in\r\n"
-        )
+        login = head(200, Content_Type="text/html", Transfer_Encoding="chunked")
+        login += b"6\r\nlog in\r\n"
         cases = [
-            (APIStatusError, "out of order", hang(start), {"timeout": 0.06}),
-            (APIStatusError, "out of order", trickle(start, b"!"), {"total_timeout": 0.06}),
+            (APIStatusError, "out of order", hang(start), {"timeout": 0.04}),
+            (APIStatusError, "out of order", trickle(start, b"!"), {"total_timeout": 0.04}),
             (APIStatusError, "out of order", then_close(start), {}),
-            (APIResponseError, "log in", hang(login), {"timeout": 0.06}),
+            (APIResponseError, "log in", hang(login), {"timeout": 0.04}),
             (APIResponseError, "log in", then_close(login + b"zz\r\n"), {}),
         ]
 
@@ -4784,17 +3973,13 @@ class MessageTests(TestCase):
             (page(b"", 200, "text/html"), r"the response is text/html, .*: \(empty\)"),
             (b"\r\n\r\n", r"the server sent something other than HTTP/1\.x: '\\r'"),
             (b"\n\n", r"the server sent something other than HTTP/1\.x: ''"),
-            (b"HTTP/2 200 \r\n\r\n", r"sent something other than HTTP/1\.x: 'HTTP/2 200 \\r'"),
-            (
-                b"\x15\x03\x01\0\x02\x02\x16",
-                r"than HTTP/1\.x: '\\x15\\x03\\x01\\x00\\x02\\x02\\x16'",
-            ),
+            (b"\x15\x03\x01\0\x02\x02\x16",
+             r"than HTTP/1\.x: '\\x15\\x03\\x01\\x00\\x02\\x02\\x16'"),
             (fin, "no response: the server closed the connection"),
             (rst, "no response: Connection reset by peer"),
-        ]:
-            with self.case(words), self.serve(
-                then_close(answer) if type(answer) is bytes else answer
-            ):
+        ]:  # fmt: skip
+            answer = then_close(answer) if isinstance(answer, bytes) else answer
+            with self.case(words), self.serve(answer):
                 self.assertRegex(str(raised(complete)), rf"/v1/completions: .*{words}\Z")
 
     def test_odd_pages_of_64_kib_cost_no_time(self):
@@ -4824,7 +4009,7 @@ class HintTests(TestCase):
             (429, "; send fewer requests at a time, or pass a larger retries="),
             (500, ""),
         ]:
-            for call in (complete, stream):
+            for call in MEDIA_TYPES:
                 with self.case(status, call.__name__):
                     self.assertEqual(hint, self.hint(status, call))
 
@@ -4833,12 +4018,11 @@ class HintTests(TestCase):
         other = "; check the token argument or $FRIENDLI_TOKEN"
         for status in (401, 403):
             for hint, options in [
-                (none, {"token": ""}),
-                (none, {"token": " \n"}),
+                (none, {"token": ""}), (none, {"token": " \n"}),
                 (none, {"token": "", "headers": {"X-Api-Key": "k"}}),
                 (other, {"token": "t"}),
                 (other, {"token": "", "headers": {"authorization": "Basic x"}}),
-            ]:
+            ]:  # fmt: skip
                 with self.case(status, options):
                     self.assertEqual(hint, self.hint(status, **options))
         os.environ["FRIENDLI_TOKEN"] = ""
@@ -4852,14 +4036,13 @@ class HintTests(TestCase):
                 self.assertEqual(f" (Retry-After: {told})", hint)
 
     def test_a_redirect_is_not_followed_and_gets_the_token_nowhere(self):
-        for status, call in itertools.product([301, 302, 303, 307, 308], (complete, stream)):
+        for status, call in itertools.product([301, 302, 303, 307, 308], MEDIA_TYPES):
             with self.case(status, call), self.serve() as other:
                 with self.serve(json_answer({}, status, Location=other.url + "/a?b")) as server:
                     error = self.failure(APIStatusError, call, retries=3)
                 self.assertEqual((status, 1), (error.status_code, error.attempts))
-                self.assertEqual(
-                    [f"Bearer {TOKEN}"], [r.headers["authorization"] for r in server.requests]
-                )
+                (request,) = server.requests
+                self.assertEqual(f"Bearer {TOKEN}", request.headers["authorization"])
                 self.assertEqual(0, other.connections)
                 hint = "; redirects are not followed: check server_url, the redirect leads to "
                 self.assertTrue(str(error).endswith(f"Reason{hint}{other.url}/a?b"), error)
@@ -4872,13 +4055,11 @@ class HintTests(TestCase):
         self.assertTrue(str(error).endswith(long[:500] + "..."))
 
 
-# Secrets
+# Error texts: secrets
 
 
 API_KEY, SESSION = "k-0123456789+.~", "s3ss10n-0123456789"
 CREDENTIALS = {"X-Api-Key": API_KEY, "cookie": f"lang=en; session={SESSION}"}
-ONE_EVENT = STREAM_HEAD + chunked(sse(text_chunk("a"), done=False))[:-5]
-RETRY = {"retries": RetryConfig(1, initial_delay=0)}
 
 
 def event(text):
@@ -4887,7 +4068,6 @@ def event(text):
     return ONE_EVENT + chunked(data if data.startswith(b"event") else b"data: " + data + b"\n\n")
 
 
-JSON_CHUNKED = head(Content_Type=JSON, Transfer_Encoding="chunked")
 # Where a server may put what it was sent
 ECHOES = {
     (complete, APIStatusError): {
@@ -4909,8 +4089,8 @@ ECHOES = {
         "a malformed header": lambda s: then_close(f"HTTP/1.1 200 OK\r\n{s} : a\r\n\r\n".encode()),
         "a length": lambda s: then_close(head(Content_Length=s)),
         "a coding": lambda s: then_close(head(Transfer_Encoding=s)),
-        "a chunk size": lambda s: then_close(JSON_CHUNKED + f"{s}\r\n".encode()),
-        "a trailer": lambda s: then_close(JSON_CHUNKED + f"0\r\n{s} a\r\n".encode()),
+        "a chunk size": lambda s: then_close(CHUNKED_JSON_HEAD + f"{s}\r\n".encode()),
+        "a trailer": lambda s: then_close(CHUNKED_JSON_HEAD + f"0\r\n{s} a\r\n".encode()),
         "a content type": lambda s: head(Content_Type=s, Content_Length=0),
         "a wrong answer": lambda s: json_answer({"headers": s}),
         "no JSON": lambda s: page(b"{" + s.encode(), 200, JSON),
@@ -4931,23 +4111,6 @@ def secrets(token, headers=None):
     return friendli_lite._Secrets(friendli_lite._build_headers(False, token, headers))
 
 
-def all_that_is_shown(error):
-    """All that an error tracker collects of an error: its text, its fields, and local variables.
-
-    Frames of this file, which knows its own secrets, are left out.
-    """
-    texts, pending = (
-        [shown(error)],
-        [traceback.TracebackException.from_exception(error, capture_locals=True)],
-    )
-    while pending:
-        report = pending.pop()
-        pending += [link for link in (report.__cause__, report.__context__) if link]
-        texts += report.format_exception_only()
-        texts += [f"{f.name}: {f.locals}" for f in report.stack if f.filename != __file__]
-    return "\n".join(texts)
-
-
 class SecretTests(TestCase):
     def check(self, text, *hidden):
         """Check that a text shows no part of what is hidden, in capitals or not."""
@@ -4963,15 +4126,13 @@ class SecretTests(TestCase):
                 with self.case(name, secret), self.serve(echo, echo):
                     error = raised(call, headers=CREDENTIALS, **RETRY)
                     self.check_error(kind, error)
-                    self.check(all_that_is_shown(error) + self.log.getvalue())
+                    self.check(shown(error) + self.log.getvalue())
                     self.assertIn("***", f"{error}{vars(error)}")
 
     def test_no_part_of_a_secret_stands_where_a_page_is_cut(self):
         for encoding, unit in (("utf-8", 1), ("utf-16-le", 2)):
-            response = types.SimpleNamespace(
-                secrets=secrets(TOKEN),
-                headers={"content-type": f"text/plain; charset={encoding}"},
-            )
+            response = FakeResponse(content_type=f"text/plain; charset={encoding}")
+            response.secrets = secrets(TOKEN)
             for before in range(65536 // unit - 39, 65536 // unit + 5, unit * 3):
                 body = ("x" * before + TOKEN + "x" * 99).encode(encoding)
                 with self.subTest(encoding, before=before):
@@ -4996,25 +4157,20 @@ class SecretTests(TestCase):
     def test_which_values_are_secrets(self):
         """The token and headers of certain names, whole and in parts, in capitals or not."""
         headers = {
-            "X-API-Key": "12345678",
-            "Ocp-Token-Id": "abcdefgh ijklmnop",
-            "Client-Secret": "(regex.*?)+",
-            "Set-Cookie": "a=longer123; b=longer123456",
-            "X-Request-Id": "identification",
-            "Accept-Language": "de-AT, de, en",
-        }
+            "X-API-Key": "12345678", "Ocp-Token-Id": "abcdefgh ijklmnop",
+            "Client-Secret": "(regex.*?)+", "Set-Cookie": "a=longer123; b=longer123456",
+            "X-Request-Id": "identification", "Accept-Language": "de-AT, de, en",
+        }  # fmt: skip
         redact = secrets("flp_1234", headers).redact
         for text, redacted in [
             ("flp_1234 FLP_1234 Bearer flp_1234", "*** *** ***"),
-            ("bearer FLP_1234", "***"),
-            ("x12345678x1234567x", "x***x1234567x"),
+            ("bearer FLP_1234", "***"), ("x12345678x1234567x", "x***x1234567x"),
             ("abcdefgh ijklmnop, abcdefgh, ijklmnop", "***, ***, ***"),
             ("(REGEX.*?)+ regex", "*** regex"),
             ("longer123456 longer123 longer12", "*** *** longer12"),
             ("identification de-AT, de, en", "identification de-AT, de, en"),
-            ("no secret", "no secret"),
-            ("", ""),
-        ]:
+            ("no secret", "no secret"), ("", ""),
+        ]:  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(redacted, redact(text))
         self.assertEqual("Bearer a", secrets("").redact("Bearer a"))
@@ -5025,23 +4181,18 @@ class SecretTests(TestCase):
         """As "local" and "test", which are words of other texts, too."""
         body = {"error": "localhost: no 0000, body, message, test123 or test1234"}
         for token, headers, message in [
-            ("local", {}, body["error"]),
-            ("0", {}, body["error"]),
-            ("test123", {}, body["error"]),
+            ("local", {}, body["error"]), ("0", {}, body["error"]), ("test123", {}, body["error"]),
             ("", {"Authorization": "0000"}, body["error"]),
             ("", {"Authorization": "Bearer n"}, body["error"]),
             ("test1234", {}, body["error"].replace("test1234", "***")),
-        ]:
+        ]:  # fmt: skip
             with self.case(token, headers), self.serve(json_answer(body, 401)) as server:
                 url = server.url.replace("127.0.0.1", "localhost")
                 error = self.failure(APIStatusError, server_url=url, token=token, headers=headers)
-                start = (
-                    f"POST {url}/v1/completions: the server responded with 401 Reason: {message};"
-                )
-                self.assertTrue(str(error).startswith(start), error)
-                self.assertEqual(
-                    (401, 1, message), (error.status_code, error.attempts, error.message)
-                )
+                what = f"POST {url}/v1/completions: the server responded with 401 Reason"
+                self.assertTrue(str(error).startswith(f"{what}: {message};"), error)
+                found = error.status_code, error.attempts, error.message
+                self.assertEqual((401, 1, message), found)
                 names = ["attempts", "body", "headers", "message", "status_code"]
                 self.assertEqual(names, sorted(vars(error)))
 
@@ -5051,34 +4202,8 @@ class SecretTests(TestCase):
             with self.within(0.25):
                 self.assertEqual(near, redact(near))
 
-    def test_a_token_or_header_that_cannot_be_sent_is_refused_unseen(self):
-        with self.serve() as server:
-            tokens = [
-                f"{TOKEN}\n.",
-                f"{TOKEN}\r\nX: y",
-                f"é{TOKEN}",
-                f"\x01{TOKEN}",
-                f"{TOKEN}\x7f",
-            ]
-            cases = [("token", {"token": token}) for token in tokens]
-            cases += [("token", {"token": f"{TOKEN}\0"})]
-            cases += [
-                ("header 'X-Key'", {"headers": {"X-Key": token}})
-                for token in (tokens[0], tokens[3])
-            ]
-            for (name, options), call in itertools.product(cases, (complete, stream)):
-                with self.case(ascii(options), call):
-                    error = raised(call, **options)
-                    self.check_error(ValueError, error)
-                    self.check(all_that_is_shown(error))
-                    self.assertTrue(str(error).startswith(f"{name} has a character that"), error)
-            for token in tokens:
-                os.environ["FRIENDLI_TOKEN"] = token
-                self.check_error(ValueError, raised(complete))
-            self.assertEqual(0, server.connections)
 
-
-# What a failure leaves behind
+# Error texts: what a failure leaves behind
 
 
 # Each kind of failure: its class, the call, the answers, and options of the call
@@ -5093,8 +4218,8 @@ FAILURES = {
     "half a head": (APIConnectionError, stream, [then_close(STREAM_HEAD[:-9])], {}),
     "half a stream": (APIConnectionError, stream, [then_close(ONE_EVENT)], {}),
     "an empty stream": (APIConnectionError, stream, [then_close(STREAM_HEAD)] * 2, RETRY),
-    "silence": (APITimeoutError, complete, [hang()], {"timeout": 0.02}),
-    "silence in a stream": (APITimeoutError, stream, [hang(ONE_EVENT)], {"total_timeout": 0.02}),
+    "silence": (APITimeoutError, complete, [hang()], {"timeout": 0.005}),
+    "silence in a stream": (APITimeoutError, stream, [hang(ONE_EVENT)], {"total_timeout": 0.01}),
     "no time": (APITimeoutError, complete, [], {"total_timeout": 0}),
     "no time for a stream": (APITimeoutError, stream, [], {"total_timeout": -1}),
     "no HTTP": (APIResponseError, complete, [then_close(b"220 mail\r\n")], {}),
@@ -5106,11 +4231,7 @@ FAILURES = {
     "deep JSON": (APIResponseError, complete, [page(b"[" * 50_000, 200, JSON)], {}),
     "a redirect": (APIStatusError, stream, [json_answer({}, 302, Location=TOKEN)], {}),
     "a token": (ValueError, complete, [], {"token": f"{TOKEN}\n."}),
-    "a token for a stream": (ValueError, stream, [], {"token": f"é{TOKEN}"}),
-    "a header": (ValueError, complete, [], {"headers": {"X-Key": f"{TOKEN}\n"}}),
-    "the name of a header": (ValueError, stream, [], {"headers": {"X Key": TOKEN}}),
-    "a header that is no text": (TypeError, complete, [], {"headers": {"X-Key": TOKEN.encode()}}),
-    "a token that is no text": (TypeError, complete, [], {"token": TOKEN.encode()}),
+    "a header": (ValueError, stream, [], {"headers": {"X-Key": f"{TOKEN}\n"}}),
     "a field": (TypeError, complete, [], {"max_token": 5}),
     "a server_url": (ValueError, stream, [], {"server_url": "localhost:8000"}),
 }
@@ -5131,28 +4252,8 @@ def garbage_of(action):
         gc.enable()
 
 
-class TracemallocMissing:
-    """Stands for tracemalloc, which PyPy lacks: nothing is measured."""
-
-    start = stop = reset_peak = staticmethod(lambda: None)
-    get_traced_memory = staticmethod(lambda: (0, 0))
-
-
-try:
-    tracemalloc = importlib.import_module("tracemalloc")
-except ImportError:
-    tracemalloc = TracemallocMissing
-
-
 class LeftoverTests(TestCase):
     """Frames hold their callers: what makes a call here has no local variables that would count."""
-
-    def setUp(self):
-        super().setUp()
-        if hasattr(gc, "freeze"):  # what is there already is not looked at, and takes no time
-            gc.collect()
-            gc.freeze()
-            self.addCleanup(gc.unfreeze)
 
     def failing(self, name, times=1):
         """Start the server of a case; return a function that makes the call that often."""
@@ -5166,7 +4267,7 @@ class LeftoverTests(TestCase):
                 error = self.failing(name)()
                 self.assertIs(kind, type(error), error)
                 for secret in (TOKEN, API_KEY, SESSION):
-                    self.assertNotIn(secret, all_that_is_shown(error))
+                    self.assertNotIn(secret, shown(error))
                 self.assertIsNone(getattr(error.__cause__, "__traceback__", None))
                 self.assertIsNone(error.__context__)
                 frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
@@ -5182,11 +4283,11 @@ class LeftoverTests(TestCase):
             ("HTTP_PROXY", f"http://user:{password}@127.0.0.1:1", APIConnectionError),
         ]:
             with self.case(variable, value), mock.patch.dict(os.environ, {variable: value}):
-                for call in (complete, stream):
+                for call in MEDIA_TYPES:
                     error = raised(call, server_url="http://elsewhere.invalid")
                     self.check_error(kind, error, variable)
                     for secret in (password, encoded, TOKEN):
-                        self.assertNotIn(secret, all_that_is_shown(error))
+                        self.assertNotIn(secret, shown(error))
 
     def test_no_frame_that_a_signal_handler_interrupts_shows_a_secret(self):
         os.environ["HTTPS_PROXY"] = "http://user:pass-0123456789@127.0.0.1:1"
@@ -5196,7 +4297,7 @@ class LeftoverTests(TestCase):
         def interrupt(*_):
             raise ZeroDivisionError
 
-        for url, call in itertools.product([http, "https://a.invalid"], (complete, stream)):
+        for url, call in itertools.product([http, "https://a.invalid"], MEDIA_TYPES):
             for method in ("_connect", "_send", "receive"):
                 methods = {name: lambda *_: None for name in ("_connect", "_send")}
                 methods[method] = interrupt
@@ -5205,9 +4306,9 @@ class LeftoverTests(TestCase):
                     error = raised(call, server_url=url, headers=CREDENTIALS)
                     self.assertIs(ZeroDivisionError, type(error))
                     for secret in (TOKEN, API_KEY, SESSION, "pass-0123456789", encoded):
-                        self.assertNotIn(secret, all_that_is_shown(error))
+                        self.assertNotIn(secret, shown(error))
 
-    @unittest.skipIf(tracemalloc is TracemallocMissing, "needs tracemalloc")
+    @unittest.skipIf(isinstance(tracemalloc, mock.Mock), "needs tracemalloc")
     def test_an_error_that_is_kept_with_its_traceback_is_small(self):
         wrong = b'{"a": "' + b"a" * 2_000_000 + b'"}'
         wide = ("a" * 70_000 + "\U0001f600").encode("utf-16")
@@ -5221,9 +4322,10 @@ class LeftoverTests(TestCase):
             for names, limit in ((small, 12), (["a long page", "deep JSON", *large], 260)):
                 for name in names:
                     with self.case(name):
-                        fail = self.failing(name, 3)
+                        times = 2 if limit == 12 else 1
+                        fail = self.failing(name, times + 1)
                         fail()  # what it imports and caches is not counted
-                        self.assertLess(self.size_of_kept(fail, 2), limit * 1024)
+                        self.assertLess(self.size_of_kept(fail, times), limit * 1024)
 
     def size_of_kept(self, fail, times):
         tracemalloc.start()
@@ -5242,7 +4344,7 @@ class LeftoverTests(TestCase):
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "counts references")
     def test_no_call_leaves_an_object_to_the_garbage_collector(self):
-        for call in (complete, stream):
+        for call in MEDIA_TYPES:
             with self.case(call), self.serve(json_answer({}, 503)):
                 ask = functools.partial(self.ask, 2, call, **RETRY)
                 ask()  # what it imports is not counted
@@ -5264,7 +4366,7 @@ class LogTests(TestCase):
         self.log.truncate()
 
     def test_a_call_that_succeeds_is_done(self):
-        for call in (complete, stream):
+        for call in MEDIA_TYPES:
             self.server = self.serve()
             with self.case(call):
                 self.ask(1, call)
@@ -5287,17 +4389,16 @@ class LogTests(TestCase):
                 self.check_log(*statuses, "failed after # s")
         with self.case("retries"):
             self.server = self.serve(fin, json_answer({}, 503), STREAM)
-            self.ask(1, stream, retries=RetryConfig(initial_delay=0))
+            self.ask(1, stream, retries=AT_ONCE)
             self.check_log(
                 "no response: the server closed the connection; retry 1 of 3 in # s",
                 "status 503 after # s",
                 "the server responded with 503 Reason (after 2 attempts); retry 2 of 3 in # s",
-                "status 200 after # s",
-                "done after # s",
-            )
+                "status 200 after # s", "done after # s",
+            )  # fmt: skip
         retried = self.assertLogs("friendli_lite", logging.INFO)
         with self.serve(json_answer({}, 503)), retried as logs:
-            self.ask(1, retries=RetryConfig(initial_delay=0))
+            self.ask(1, retries=AT_ONCE)
         self.assertEqual([logging.INFO], [record.levelno for record in logs.records])
         self.server = self.serve()
         with self.case("no time"):
@@ -5315,7 +4416,7 @@ class LogTests(TestCase):
         self.check_log("status 200 after # s")
 
     def test_the_log_shows_neither_a_secret_nor_the_prompt(self):
-        for call in (complete, stream):
+        for call in MEDIA_TYPES:
             self.server = self.serve(json_answer({"error": TOKEN}, 503), then_close(STREAM_HEAD))
             with self.case(call):
                 raised(call, prompt="my prompt", token=TOKEN, headers=CREDENTIALS, **RETRY)
@@ -5325,34 +4426,21 @@ class LogTests(TestCase):
 
 
 class EndlessTests(TestCase):
-    LIMIT = 64 * 1024
-    IN_CHUNKS = head(Content_Type=EVENTS, Transfer_Encoding="chunked")
+    LIMIT = 16 * 1024
     CASES = {
-        "a line": (stream, head(Content_Type=EVENTS) + b"data: ", b"a" * 65536, "_MAX_EVENT_BYTES"),
-        "a line in small chunks": (
-            stream,
-            IN_CHUNKS,
-            chunked(b"a" * 16)[:-5] * 4096,
-            "_MAX_EVENT_BYTES",
-        ),
-        "data lines": (stream, head(Content_Type=EVENTS), b"data: a\n" * 8192, "_MAX_EVENT_BYTES"),
-        "comments": (stream, head(Content_Type=EVENTS), b": ping\n\n" * 8192, "_MAX_EVENT_BYTES"),
-        "JSON": (complete, head(Content_Type=JSON) + b"[", b" " * 65536, "_MAX_COMPLETION_BYTES"),
-        "a header": (complete, b"HTTP/1.1 200 OK\r\nA: ", b"a" * 65536, "_MAX_HEAD_BYTES"),
-        "a folded header": (complete, b"HTTP/1.1 200 OK\r\nA:", b" a\r\n" * 999, "_MAX_HEAD_BYTES"),
-        "headers": (complete, b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, "_MAX_HEADERS"),
-        "interim heads": (complete, b"", head(100) * 999, "_MAX_HEAD_BYTES"),
-        "early hints": (stream, b"", head(103) * 999, "_MAX_HEAD_BYTES"),
-        "trailers": (stream, IN_CHUNKS + b"0\r\n", b"A: b\r\n" * 999, "_MAX_HEADERS"),
-        "a chunk size": (stream, IN_CHUNKS, b"0" * 65536, "_MAX_HEAD_BYTES"),
-        "a chunk extension": (stream, IN_CHUNKS + b"1;", b"a" * 65536, "_MAX_HEAD_BYTES"),
-        "an error page": (complete, head(500), b"a" * 65536, "_MAX_ERROR_BODY_BYTES"),
-        "a login page": (
-            stream,
-            head(Content_Type="text/html"),
-            b"a" * 65536,
-            "_MAX_ERROR_BODY_BYTES",
-        ),
+        "a line": (stream, head(Content_Type=EVENTS) + b"data: ", b"a" * 65536, "EVENT_BYTES"),
+        "a line in chunks": (stream, STREAM_HEAD, chunked(b"a" * 16)[:-5] * 999, "EVENT_BYTES"),
+        "comments": (stream, head(Content_Type=EVENTS), b": ping\n\n" * 4096, "EVENT_BYTES"),
+        "JSON": (complete, head(Content_Type=JSON) + b"[", b" " * 65536, "COMPLETION_BYTES"),
+        "a header": (complete, b"HTTP/1.1 200 OK\r\nA: ", b"a" * 65536, "HEAD_BYTES"),
+        "a folded header": (complete, b"HTTP/1.1 200 OK\r\nA:", b" a\r\n" * 999, "HEAD_BYTES"),
+        "headers": (complete, b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, "HEADERS"),
+        "early hints": (stream, b"", head(103) * 999, "HEAD_BYTES"),
+        "trailers": (stream, STREAM_HEAD + b"0\r\n", b"A: b\r\n" * 999, "HEADERS"),
+        "a chunk size": (stream, STREAM_HEAD, b"0" * 65536, "HEAD_BYTES"),
+        "a chunk extension": (stream, STREAM_HEAD + b"1;", b"a" * 65536, "HEAD_BYTES"),
+        "an error page": (complete, head(500), b"a" * 65536, "ERROR_BODY_BYTES"),
+        "a login page": (stream, head(Content_Type="text/html"), b"a" * 65536, "ERROR_BODY_BYTES"),
     }
 
     def test_an_endless_answer_ends_in_an_error_within_bounded_memory(self):
@@ -5360,31 +4448,452 @@ class EndlessTests(TestCase):
         self.serve()
         self.ask()  # what it imports is not counted
         for name, (call, start, more, limit) in self.CASES.items():
-            value = self.LIMIT if limit != "_MAX_HEADERS" else 100
-            with self.case(name), mock.patch.object(friendli_lite, limit, value):
+            value = self.LIMIT if limit != "HEADERS" else 100
+            with self.case(name), mock.patch.object(friendli_lite, f"_MAX_{limit}", value):
                 self.serve(endless(start, more))
                 tracemalloc.start()
                 try:
                     error = raised(call)
-                    self.assertLess(tracemalloc.get_traced_memory()[1], 24 * self.LIMIT)
+                    self.assertLess(tracemalloc.get_traced_memory()[1], 1024**2)
                 finally:
                     tracemalloc.stop()
-                self.check_error(
-                    APIStatusError if name == "an error page" else APIResponseError, error
-                )
-                if limit in ("_MAX_EVENT_BYTES", "_MAX_COMPLETION_BYTES"):
+                kind = APIStatusError if name == "an error page" else APIResponseError
+                self.check_error(kind, error)
+                if limit in ("EVENT_BYTES", "COMPLETION_BYTES"):
                     self.assertEqual("", error.body)
                     self.assertIn(f" over {value} bytes", str(error))
-                self.assertLess(len(error.body), 3 * self.LIMIT)
+                self.assertLess(len(error.body), 65536 * 3)
                 self.ask(server_url=self.serve().url)
 
 
+# Reading the body: limits and media types
+
+
+class LimitTests(TestCase):
+    LIMIT = 64 * 1024
+
+    def test_the_limits_are_those_that_the_documentation_names(self):
+        names = ("_MAX_EVENT_BYTES", "_MAX_COMPLETION_BYTES", "_MAX_ERROR_BODY_BYTES")
+        limits = [getattr(friendli_lite, name) for name in names]
+        self.assertEqual([16 * 1024**2, 32 * 1024**2, 64 * 1024], limits)
+
+    def patched(self):
+        limits = dict.fromkeys(["_MAX_EVENT_BYTES", "_MAX_COMPLETION_BYTES"], self.LIMIT)
+        return mock.patch.multiple(friendli_lite, **limits)
+
+    def test_an_endless_answer_ends_in_an_error_as_soon_as_it_is_too_long(self):
+        line = f"the stream has a line of over {self.LIMIT} bytes"
+        event = f"the stream has over {self.LIMIT} bytes without an event"
+        body = f"the response has over {self.LIMIT} bytes"
+        for call, start, more, message in [
+            (stream, b"data: ", b"a" * 512, line), (stream, b"data: ", b"ab", line),
+            (stream, b":", b"a" * 512, line), (stream, b" ", b"data: a\n" * 64, event),
+            (stream, b" ", b"data\n" * 64, event), (stream, b" ", b": ping\n\n" * 64, event),
+            (stream, b"data: %b\n\n" % ONE, b": ping\n\n" * 64, event),
+            (stream, b"\n", b"\n" * 512, event), (complete, b" ", b" " * 512, body),
+            (complete, b"[", b"[" * 512, body),
+        ]:  # fmt: skip
+            with self.subTest(start + more[:9]), self.patched():
+                received = bytearray()
+                pieces = itertools.chain([start], itertools.repeat(more))
+                source = (received.extend(piece) or piece for piece in pieces)
+                _, error = outcome_of_body(call, source)
+                self.assertEqual((message, ""), (str(error), error.body))
+                self.assertGreater(len(received), self.LIMIT)
+                self.assertLessEqual(len(received), self.LIMIT + len(start) + len(more))
+
+    def test_an_answer_within_the_limits_is_taken(self):
+        with self.patched():
+            data = ONE + b" " * (self.LIMIT - len(ONE))
+            self.assertEqual((["a"], None), outcome_of_body(complete, data))
+            self.assertIs(APIResponseError, type(outcome_of_body(complete, data + b" ")[1]))
+            for size, expected in [(self.LIMIT, type(None)), (self.LIMIT + 1, APIResponseError)]:
+                for start in ([], [b"data: %b\n\n" % ONE]):
+                    _, error = outcome_of_body(stream, [*start, b"\n" * size, b"data: [DONE]"])
+                    self.assertIs(expected, type(error))
+            data = data[:-20]
+            events = (b"data: " + data + b"\n\n") * 3
+            for pieces in ([events], [events[i : i + 4096] for i in range(0, len(events), 4096)]):
+                self.assertEqual(
+                    (["a"] * 3, None), outcome_of_body(stream, [*pieces, b"data: [DONE]"])
+                )
+
+    def test_the_work_is_linear_in_what_is_received(self):
+        pieces = [b"data: ", *[b"a" * 64] * 40_000, b"\n\n", b"data: [DONE]"]
+        with self.within(1):
+            ((_, data),) = friendli_lite._iter_events(pieces)
+        self.assertEqual(40_000 * 64, len(data))
+
+
+class MediaTypeTests(TestCase):
+    PAGE = b"<html><title>Please</title>\n<p>log in"
+
+    def test_good_answers_with_odd_headers_are_taken(self):
+        for call, media_type in MEDIA_TYPES.items():
+            types = [media_type, media_type.upper(), f" {media_type} ", "", f"{media_type},"]
+            types += [f"{media_type}{more}" for more in (";charset=x", " ; a=b", f", {media_type}")]
+            for name, value in [
+                *(("content_type", value) for value in types),
+                *(("content_encoding", value) for value in ("", "none", "utf-8", "identity")),
+            ]:
+                with self.subTest(call.__name__, header=value):
+                    result = outcome_of_body(call, payload(call, ONE), **{name: value})
+                    self.assertEqual((["a"], None), result)
+
+    def test_an_answer_without_a_content_type_is_taken(self):
+        for call in MEDIA_TYPES:
+            self.serve(then_close(head(200) + payload(call, ONE)))
+            self.assertEqual((["a"], None), outcome(call))
+
+    def test_a_byte_order_mark_before_a_completion_is_taken(self):
+        bom = b"\xef\xbb\xbf"
+        self.assertEqual((["a"], None), outcome_of_body(complete, bom + ONE))
+        self.assertEqual(
+            (["a"], None), outcome_of_body(complete, (bytes([byte]) for byte in bom + ONE))
+        )
+        self.assertEqual((["a"], None), outcome_of_body(stream, bom + payload(stream, ONE)))
+        self.assertIs(
+            APIResponseError, type(outcome_of_body(stream, payload(stream, bom + ONE))[1])
+        )
+
+    def test_an_answer_of_another_kind_is_an_error_that_says_what_came(self):
+        for call, media_type in MEDIA_TYPES.items():
+            other = JSON if call is stream else EVENTS
+            gzip = {"content_type": media_type, "content_encoding": "gzip"}
+            for data, headers, words in [
+                (self.PAGE, {"content_type": "text/html; a=b"}, ["text/html", "Please log in"]),
+                (b"", {"content_type": "text/html"}, ["is text/html", "(empty)"]),
+                (b"\x1f\x8b\0", gzip, [f"{media_type} in gzip", "a body in gzip of 3 bytes"]),
+                (ONE, {**gzip, "content_encoding": "BR"}, [f"{media_type} in br"]),
+                (payload(call, ONE), {"content_type": other}, [other]),
+                (b'{"error":"hot"}', {"content_type": other}, [other, "hot"]),
+                (ONE, {"content_type": f"{other}, {media_type}"}, [other]),
+            ]:
+                with self.subTest(call.__name__, **headers):
+                    texts, error = outcome_of_body(call, data, **headers)
+                    self.assertEqual(([], APIResponseError), (texts, type(error)))
+                    for word in [*words, f"not {media_type}; check server_url"]:
+                        self.assertIn(word, str(error))
+                    if data == self.PAGE:
+                        self.assertEqual(self.PAGE.decode(), error.body)
+
+    def test_a_success_of_another_status_is_no_completion(self):
+        for call in MEDIA_TYPES:
+            for answer, status in [(head(204), 204), (head(206, Content_Length=0), 206)]:
+                with self.case(call.__name__, status), self.serve(answer):
+                    self.assertEqual(status, self.failure(APIStatusError, call).status_code)
+
+    def test_an_empty_answer_is_an_error(self):
+        texts, error = outcome_of_body(complete, b"")
+        self.assertEqual(([], APIResponseError, ""), (texts, type(error), error.body))
+        self.assertRegex(str(error), r"\Athe response is no completion: .+: \(empty\)\Z")
+        texts, error = outcome_of_body(stream, b"")
+        self.assertEqual(([], APIConnectionError), (texts, type(error)))
+
+
+# Server-sent events
+
+
+# Bytes, without [DONE], and the events and data in them
+READER_CASES = {
+    "LF": (b"data: 1\n\ndata: 2\n\n", [("", b"1"), ("", b"2")]),
+    "CRLF": (b"data: 1\r\n\r\ndata: 2\r\n\r\n", [("", b"1"), ("", b"2")]),
+    "CR": (b"data: 1\r\rdata: 2\r\r", [("", b"1"), ("", b"2")]),
+    "CR then LF in one": (b"data: 1\r\ndata: 2\n\r", [("", b"1\n2")]),
+    "a mixture of line ends": (
+        b"data: 1\r\n\rdata: 2\n\r\ndata: 3\r\n\ndata: 4\r\n\r",
+        [("", b"%d" % i) for i in (1, 2, 3, 4)],
+    ),
+    "a BOM": (b"\xef\xbb\xbfdata: 1\n\n", [("", b"1")]),
+    "a second BOM": (b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", [("", b"2")]),
+    "a BOM in a later line": (b"\n\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", [("", b"2")]),
+    "comments": (b": ping\n\n:\n\ndata: 1\n: ping\ndata: 2\n\n", [("", b"1\n2")]),
+    "data without a space": (b"data:1\n\n", [("", b"1")]),
+    "data with more spaces": (b"data:  1 \n\n", [("", b" 1 ")]),
+    "data with a tab": (b"data:\t1\n\n", [("", b"\t1")]),
+    "data with a colon": (b"data: 1:2\n\n", [("", b"1:2")]),
+    "several data lines": (b"data: 1\ndata:\ndata\ndata: 2\n\n", [("", b"1\n\n\n2")]),
+    "no data": (b"data\n\ndata:\n\nevent: a\n\ndata: 1\n\n", [("", b"1")]),
+    "blank lines": (b"\n\n\ndata: 1\n\n\n\n", [("", b"1")]),
+    "other fields": (b"event: a\nid: 7\nretry: 1\nother: x\nalone\ndata: 1\n\ndata: 2\n\n",
+                     [("a", b"1"), ("", b"2")]),
+    "an event that is no UTF-8": (b"event: \xff\ndata: 1\n\n", [("\ufffd", b"1")]),
+    "names that only look like data": (
+        b"Data: 1\ndata : 2\n data: 3\ndata2: 4\ndata: 5\n\n",
+        [("", b"5")],
+    ),
+    "an error field": (b"error: 1\n\nerror\n\n", [("error", b"1"), ("error", b"")]),
+    "an error without data": (b"event: error\n\n", [("error", b"")]),
+    "an error whose data is [DONE]": (b"event: error\ndata: [DONE]\n\n", [("error", b"[DONE]")]),
+    "separators of other kinds": (
+        "data: a\u2028b\u2029c\u0085d\ve\ff\x1cg\n\n".encode(),
+        [("", "a\u2028b\u2029c\u0085d\ve\ff\x1cg".encode())],
+    ),
+    "characters of many bytes": ("data: é한😀\n\n".encode(), [("", "é한😀".encode())]),
+    "[DONE] within data": (b"data: 1\ndata: [DONE]\n\ndata: [DONE]x\n\ndata: [done]\n\n",
+                           [("", b"1\n[DONE]"), ("", b"[DONE]x"), ("", b"[done]")]),
+}  # fmt: skip
+
+
+def feedings(data):
+    """Yield the ways to receive bytes: whole, each on its own, and split at every position."""
+    yield [data]
+    yield [data[i : i + 1] for i in range(len(data))]
+    for position in range(1, len(data)):
+        yield [data[:position], data[position:]]
+
+
+class ReaderTests(TestCase):
+    def events(self, *pieces):
+        """Return the events, and the error that ends them or None."""
+        events = []
+        try:
+            events.extend(friendli_lite._iter_events(pieces))  # extend() keeps what came before
+        except FriendliError as error:
+            return events, error
+        return events, None
+
+    def test_events_are_the_same_however_their_bytes_arrive(self):
+        for name, (data, events) in READER_CASES.items():
+            for pieces in feedings(data + b"data: [DONE]\n\ndata: late\n\n"):
+                with self.subTest(name, pieces=pieces):
+                    self.assertEqual(events, list(friendli_lite._iter_events(pieces)))
+
+    def test_an_event_is_given_when_its_last_byte_has_arrived(self):
+        data = b"data: 1\r\n\r\ndata: 2\n\ndata: 3\r\rdata: [DONE]"
+        received = bytearray()
+        pieces = (received.extend(data[i : i + 1]) or data[i : i + 1] for i in range(len(data)))
+        ends = [bytes(received) for _ in friendli_lite._iter_events(pieces)]
+        expected = [data.index(end) + len(end) for end in (b"1\r\n\r", b"2\n\n", b"3\r\r")]
+        self.assertEqual(expected, list(map(len, ends)))
+
+    def test_done_ends_a_stream_in_all_its_spellings(self):
+        one = b"data: 1\n\n"
+        ends = [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n", b"\r", b"", b" \n\n", b"\n\ndata: {\n\n"]
+        for start in (b"data: ", b"data:", b"data:  ", b": ping\n\ndata: ", b"event: x\ndata: "):
+            for end in ends:
+                for pieces in feedings(one + start + b"[DONE]" + end):
+                    with self.subTest(pieces):
+                        self.assertEqual([("", b"1")], list(friendli_lite._iter_events(pieces)))
+
+    def test_nothing_is_waited_for_after_done(self):
+        def pieces():
+            yield b"data: 1\n\ndata: [DONE]\n"
+            self.fail("more was asked for")
+
+        self.assertEqual([("", b"1")], list(friendli_lite._iter_events(pieces())))
+
+    def test_a_stream_that_ends_before_done_was_cut_short(self):
+        data = b"data: 1\n\ndata: 2\n\ndata: [DONE]"
+        for end in range(len(data)):
+            for pieces in ([data[:end]], [data[i : i + 1] for i in range(end)]):
+                events, error = self.events(*pieces)
+                with self.subTest(pieces):
+                    expected = [("", b"1"), ("", b"2")][: data[:end].count(b"\n\n")]
+                    self.assertEqual(expected, events)
+                    self.assertIs(APIConnectionError, type(error))
+                    self.assertIn("it ended before [DONE]", str(error))
+
+    def test_a_stream_over_the_wire_is_the_same_however_it_is_cut(self):
+        texts = ["é한", "\u2028\u0085", "😀\v", ""]
+        dumps = functools.partial(json.dumps, ensure_ascii=False)
+        events = "".join(f"data: {dumps(text_chunk(text))}\r\n\r\n" for text in texts)
+        data = b"\xef\xbb\xbf: ping\r" + events.encode() + b"data: [DONE]\n\n"
+
+        def trickle_bytes(sock):
+            for byte in framed(data, "length", EVENTS):
+                sock.sendall(bytes([byte]))
+            return CLOSE
+
+        in_chunks_of_one = STREAM_HEAD + chunked(*(bytes([byte]) for byte in data))
+        whole = (then_close(framed(data, framing, EVENTS)) for framing in FRAMINGS)
+        for answer in (in_chunks_of_one, trickle_bytes, *whole):
+            with self.case(answer), self.serve(answer):
+                self.assertEqual((texts, None), outcome(stream))
+
+
+class MidStreamErrorTests(TestCase):
+    FORMS = {
+        "an error object": b'data: {"error": {"message": "out of memory", "code": 500}}\n\n',
+        "an error that is a text": b'data: {"error": "out of memory"}\n\n',
+        "an error next to choices": b'data: {"choices": [], "error": ["out of memory"]}\n\n',
+        "an error event with JSON": b'event: error\ndata: {"message": "out of memory"}\n\n',
+        "an error event with text": b"event: error\ndata: out of memory\n\n",
+        "an error event whose name comes last": b"data: out of memory\nevent: error\n\n",
+        "an error field": b'error: {"code": 500, "message": "out of memory"}\n\n',
+        "an error field with text": b"error:out of memory\n\n",
+        "an error field without a blank line": b"error:out of memory\n",
+    }
+
+    def test_an_error_in_a_stream_is_an_error_with_the_words_of_the_server(self):
+        for name, form in self.FORMS.items():
+            for start, before in [(b"", []), (sse(text_chunk("a"), done=False), ["a"])]:
+                for end in (b"", b"data: [DONE]\n\n"):
+                    with self.subTest(name, start=start, end=end):
+                        texts, error = outcome_of_body(stream, start + form + end)
+                        self.assertEqual((before, APIResponseError), (texts, type(error)))
+                        pattern = r"\Athe server failed after status 200: .*out of memory"
+                        self.assertRegex(str(error), pattern)
+                        self.assertIn(error.body, form.decode())
+                        self.assertIn("out of memory", error.body)
+
+    def test_an_error_over_the_wire_is_not_tried_again(self):
+        start = sse(text_chunk("a"), done=False)
+        for before, framing in itertools.product((b"", start), FRAMINGS):
+            form = self.FORMS["an error object"]
+            data = framed(before + form + b"data: [DONE]\n\n", framing, EVENTS)
+            with self.case(framing, before), self.serve(then_close(data)) as server:
+                texts, error = outcome(stream, retries=3)
+                self.assertEqual((["a"] if before else [], 1), (texts, len(server.requests)))
+                self.check_error(APIResponseError, error, "after status 200: out of memory")
+
+    def test_an_error_without_a_message_is_an_error(self):
+        for form in [
+            b"event: error\n\n", b"error\n\n", b"event: error\ndata: [DONE]\n\n",
+            b'data: {"error": {}}\n\n', b'data: {"error": false}\n\n', b'data: {"error": ""}\n\n',
+            b"event: error\ndata: " + ONE + b"\n\n",
+            b'data: {"error": {}, "choices": [{"text": "a"}]}\n\n',
+        ]:  # fmt: skip
+            with self.subTest(form):
+                texts, error = outcome_of_body(stream, form + b"data: [DONE]\n\n")
+                self.assertEqual(([], APIResponseError), (texts, type(error)))
+                self.assertRegex(str(error), r"\Athe server failed after status 200\b.*\S\Z")
+
+    def test_an_error_in_place_of_a_completion_is_an_error_with_its_words(self):
+        for data in [
+            b'{"error":"too hot"}', b'{"error":{"message":"too hot"}}',
+            b'{"choices":[],"error":["too hot"]}',
+            b'{"choices":[{"text":"a"}],"error":{"code":"too hot"}}',
+        ]:  # fmt: skip
+            with self.subTest(data):
+                texts, error = outcome_of_body(complete, data)
+                self.assertEqual(([], APIResponseError), (texts, type(error)))
+                self.assertEqual("the server failed after status 200: too hot", str(error))
+                self.assertEqual(data.decode(), error.body)
+
+
+# From JSON to dataclasses
+
+
+BROKEN = [
+    *b'hello { {\'choices\':[]} {"choices":[] {"choices":[]}x {"choices":[]}{}'.split(),
+    *b'null true 7 "choices" [] [{"choices":[]}] {}'.split(),
+    *(b'{"choices":%b}' % value for value in b'null 7 "a" {"text":"a"}'.split()),
+    *(b'{"choices":[%b]}' % choice for choice in b'null 7 "a" [] {}'.split()),
+    *(b'{"choices":[{"text":%b}]}' % text for text in b'null 7 [] {"a":"b"} true'.split()),
+    *(b'{"choices":[{"text":"a","finish_reason":%b}]}' % value for value in b"7 [] true".split()),
+    *(b'{"choices":[{"text":"a","logprobs":%b}]}' % value for value in b'7 [] "a"'.split()),
+    *(b'{"choices":[{"text":"a"}],"usage":%b}' % value for value in b'7 [] "a"'.split()),
+    *(b'{"choices":[],"a":%b}' % value for value in b"NaN Infinity -Infinity".split()),
+    *b'{"choices":[{"text":"a"},{}]} {"choices":[{"text":"\xff"}]}'.split(),
+    *(b'{"choices":[{"text":"\xed\xa0\x80"}]}', "{}".encode("utf-16")),
+    *(b"[" * 200_000, b'{"error":' * 200_000, b'{"choices":[{"text":"a"}],"a":' + b"[" * 200_000),
+]
+
+
+class PayloadTests(TestCase):
+    def test_a_broken_payload_is_an_error_that_shows_it(self):
+        for data in BROKEN:
+            for build in PARSERS.values():
+                with self.subTest(data[:99], build=build.__name__):
+                    with self.assertRaises(APIResponseError) as caught:
+                        friendli_lite._parse(FakeResponse(), data, build)
+                    error = caught.exception
+                    self.assertRegex(str(error), r"\Athe response is no completion: .{1,600}\Z")
+                    self.assertEqual(data[:65536].decode("utf-8", "replace"), error.body)
+
+    def test_each_mistake_in_a_payload_is_named(self):
+        for data, mistake in [
+            (b"7", "it is not one object"), (b"{} {}", "it is not one object"),
+            (b"{}", "it has no list of choices"), (b'{"choices":[7]}', "a choice is no object"),
+            (b'{"choices":[{}]}', "a choice has no text, or a finish_reason that is no string"),
+            (b'{"choices":[{"text":"a","logprobs":7}]}', "Logprobs is no object"),
+            (b'{"choices":[],"usage":7}', "Usage is no object"),
+            (b'{"choices":NaN}', "NaN is not JSON"),
+        ]:  # fmt: skip
+            for build in PARSERS.values():
+                with self.subTest(data), self.assertRaises(APIResponseError) as caught:
+                    friendli_lite._parse(FakeResponse(), data, build)
+                expected = f"the response is no completion: {mistake}: {data.decode()}"
+                self.assertEqual(expected, str(caught.exception))
+
+    def test_what_only_looks_broken_is_taken(self):
+        for more in [
+            b"", b',"finish_reason":"null"', b',"logprobs":null,"usage":{}', b',"a":{"error":1}',
+            b',"a":1e999,"b":"\\ud800","c":"\xc3\xa9"', b',"tokens":7,"index":0',
+        ]:  # fmt: skip
+            for call in MEDIA_TYPES:
+                for blank in (b"", b" \n\t"[: 3 if call is complete else 1]):
+                    with self.subTest(call.__name__, more=more):
+                        data = blank + b'{"choices":[{"text":"a"%b}],"error":null}' % more + blank
+                        self.assertEqual((["a"], None), outcome_of_body(call, payload(call, data)))
+
+    def test_an_answer_without_choices_is_empty(self):
+        for call in MEDIA_TYPES:
+            self.assertEqual(([""], None), outcome_of_body(call, payload(call, b'{"choices":[]}')))
+
+
+# From bytes to dataclasses: any bytes
+
+
+MUTANTS = int(os.environ.get("FRIENDLI_LITE_FUZZ", 500))  # setUp() clears the environment
+SCRAPS = [
+    *b'\0 \xff \xef\xbb\xbf \xe2\x80\xa8 : " \\ { } [ ] , null NaN - 1e999 "\\ud800" [DONE]'.split(
+        b" "
+    ),
+    *b'"error": "choices": "text": "usage": "delta":'.split(),
+    *(b"\n", b"\r", b"\r\n\r\n", b"9" * 5000, b"[" * 5000, b"data: ", b"data: [DONE]\n\n"),
+    *(b"event: error\n", b"error: ", b": ping\n\n"),
+]
+EXCHANGE = {"prompt": "x", "n": 2, "logprobs": 1, "max_tokens": 2}
+EXCHANGE["stream_options"] = {"include_usage": True}
+RECORDED = [
+    sse(*chunks(EXCHANGE)), sse(*chunks({})).replace(b"\n", b"\r\n"),
+    json.dumps(completion(EXCHANGE)).encode(),
+]  # fmt: skip
+
+
+def mutate(dice, data):
+    start = dice.randrange(len(data))
+    end = start + dice.randrange(1, 40)
+    before, span, after = data[:start], data[start:end], data[end:]
+    lines = data.splitlines(keepends=True)
+    return dice.choice(
+        [
+            before + bytes([span[0] ^ 1 << dice.randrange(8)]) + span[1:] + after,  # flip
+            before + after,  # drop
+            before + dice.choice(SCRAPS) + span + after,  # insert
+            before + span + span + after,  # duplicate
+            before + span,  # cut
+            b"".join(dice.sample(lines, len(lines))),  # reorder
+        ]
+    )
+
+
+class FuzzTests(TestCase):
+    def check_mutant(self, dice):
+        data = dice.choice(RECORDED)
+        for _ in range(dice.randrange(1, 5)):
+            data = mutate(dice, data) or b"\n"
+        cuts = sorted({0, *dice.choices(range(len(data)), k=dice.randrange(9)), len(data)})
+        pieces = [data[start:end] for start, end in zip(cuts, cuts[1:])]
+        texts, error = outcome_of_body(stream, data)
+        again, same_error = outcome_of_body(stream, pieces)
+        self.assertEqual((texts, repr(error)), (again, repr(same_error)), "the pieces matter")
+        self.assertTrue(error or b"[DONE]" in data, "a short success")
+        texts += outcome_of_body(complete, pieces)[0]
+        self.assertEqual({str}, {str, *map(type, texts)})
+
+    def test_only_friendli_errors_escape_whatever_the_bytes_are(self):
+        for seed in range(MUTANTS):
+            try:
+                self.check_mutant(random.Random(seed))
+            except Exception as error:
+                words = f"self.check_mutant(random.Random({seed})) fails: {error!r}"
+                raise AssertionError(words) from error
+
+
 # The command line
-
-
-def stdin_of(data):
-    """Return a stdin that holds these bytes, in an encoding that must not matter."""
-    return io.TextIOWrapper(io.BytesIO(data), "latin-1")
 
 
 class CommandLineTests(TestCase):
@@ -5394,18 +4903,19 @@ class CommandLineTests(TestCase):
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
-            stack.enter_context(mock.patch.object(sys, "stdin", stdin_of(stdin)))
+            file = io.TextIOWrapper(io.BytesIO(stdin), "latin-1")  # which must not matter
+            stack.enter_context(mock.patch.object(sys, "stdin", file))
             stack.enter_context(mock.patch.object(logging.root, "handlers", []))
             status = exit_status_of_main(arguments)
         return status, out.getvalue(), err.getvalue()
 
     def test_it_prints_a_stream_or_a_completion(self):
-        container = self.serve()
+        server = self.serve()
         for arguments in (["p"], ["--no-stream", "p"], [], ["-"], ["--set", "n=1", "p"]):
             with self.subTest(arguments):
                 ran = self.run_main(*arguments, stdin=b"from stdin\n")
                 self.assertEqual((0, TEXT + "\n", ""), ran)
-        requests = [request.json for request in container.requests]
+        requests = [request.json for request in server.requests]
         prompts = ["p", "p", "from stdin", "from stdin", "p"]
         self.assertEqual(prompts, [request["prompt"] for request in requests])
         streams = [True, None, True, True, True]
@@ -5437,11 +4947,11 @@ class CommandLineTests(TestCase):
             self.assertEqual(how, stream.call_args[1])
 
     def test_a_prompt_or_tokens_may_be_set(self):
-        container = self.serve()
+        server = self.serve()
         for name, value in (("tokens", [1, 2]), ("prompt", "q")):
             ran = self.run_main("--set", f"{name}={json.dumps(value)}", stdin=b"not read")
             self.assertEqual((0, TEXT + "\n", ""), ran)
-            self.assertEqual({name: value, "stream": True}, container.requests[-1].json)
+            self.assertEqual({name: value, "stream": True}, server.requests[-1].json)
 
     def test_json_is_the_raw_object_or_one_a_line(self):
         self.serve()
@@ -5451,14 +4961,14 @@ class CommandLineTests(TestCase):
         self.assertEqual(list(chunks({"prompt": "p"})), list(map(json.loads, out.splitlines())))
 
     def test_several_choices_are_refused_without_json_and_printed_with_it(self):
-        container = self.serve()
+        server = self.serve()
         for setting in ("n=2", "n=3", 'prompt=["p", "q"]'):
             for options in ([], ["--no-stream"]):
                 with self.subTest(setting, options=options):
                     status, out, err = self.run_main(*options, "--set", setting)
                     self.assertEqual((2, ""), (status, out))
                     self.assertIn("several choices need --json", err)
-        self.assertEqual(0, container.connections)
+        self.assertEqual(0, server.connections)
         self.assertEqual((0, f"{TEXT}\n", ""), self.run_main("--set", 'prompt=["p"]'))
         status, out, _ = self.run_main("--json", "--set", "n=2", "p")
         choices = [choice for line in out.splitlines() for choice in json.loads(line)["choices"]]
@@ -5504,14 +5014,12 @@ class CommandLineTests(TestCase):
             (("--set", "tokens=[1]", "p"), "both were given"),
             (("--set", 'token="flp"', "p"), "unknown field 'token'"),
             (("--set", 'stop="END"', "p"), "stop must be a list of strings: stop=["),
-            (("--set", "=1", "p"), "unknown field ''"),
-            (("--retries", "-1", "p"), "max_retries"),
+            (("--set", "=1", "p"), "unknown field ''"), (("--retries", "-1", "p"), "max_retries"),
             (("--timeout", "0", "p"), "timeout"),
             (("--timeout", "soon", "p"), "invalid float value: 'soon'"),
             (("--server-url", "nowhere", "p"), "server_url"),
-            (("--no-such-option", "p"), "unrecognized"),
-            (("p", "q"), "unrecognized"),
-        ):
+            (("--no-such-option", "p"), "unrecognized"), (("p", "q"), "unrecognized"),
+        ):  # fmt: skip
             with self.subTest(str(arguments)[:99]):
                 status, out, err = self.run_main(*arguments)
                 self.assertEqual((2, ""), (status, out))
@@ -5520,64 +5028,43 @@ class CommandLineTests(TestCase):
         self.assertEqual(0, container.connections)
 
     def test_a_text_without_quotes_is_shown_in_its_right_spelling(self):
-        for setting, spelling in [
-            ("stop=END", """--set 'stop=["END"]'"""),
-            ("bad_words=a b", """--set 'bad_words=["a b"]'"""),
-            ("stop=\\n", """--set 'stop=["\\\\n"]'"""),
-            ("model=m", """--set 'model="m"'"""),
-            ("prompt=p", """--set 'prompt="p"'"""),
-            ("new=x=y", """--set 'new="x=y"'"""),
-        ]:
+        for setting, spelling in {
+            "stop=END": """--set 'stop=["END"]'""",
+            "bad_words=a b": """--set 'bad_words=["a b"]'""",
+            "stop=\\n": """--set 'stop=["\\\\n"]'""",
+            "model=m": """--set 'model="m"'""",
+            "prompt=p": """--set 'prompt="p"'""",
+            "new=x=y": """--set 'new="x=y"'""",
+        }.items():
             with self.subTest(setting):
                 status, _, err = self.run_main("--set", setting, "p")
                 hint = f"--set takes NAME=JSON, not {setting!r}; a text needs quotes: {spelling}\n"
-                self.assertEqual(
-                    (2, f"friendli_lite: error: {hint}"), (status, err.partition("\n")[2])
-                )
+                said = err.partition("\n")[2]
+                self.assertEqual((2, f"friendli_lite: error: {hint}"), (status, said))
                 name, _, value = shlex.split(spelling)[1].partition("=")
-                self.assertIn(
-                    json.loads(value), (setting.partition("=")[2], [setting.partition("=")[2]])
-                )
+                text = setting.partition("=")[2]
+                self.assertIn(json.loads(value), (text, [text]))
                 self.assertEqual(setting.partition("=")[0], name)
 
     def test_stdin_is_utf_8_without_bom_and_one_last_line_end(self):
-        container = self.serve()
+        server = self.serve()
         for data, prompt in [
-            (b"", ""),
-            (b"a\n", "a"),
-            (b"a\r\n", "a"),
-            (b"a\n\n", "a\n"),
-            (b"a\r", "a\r"),
-            (b"a\n b", "a\n b"),
-            (b"\r\na\r\nb\r\n", "\r\na\r\nb"),
-            (b"\xc3\xa9\xe2\x82\xac", "é€"),
+            (b"", ""), (b"a\n", "a"), (b"a\r\n", "a"), (b"a\n\n", "a\n"), (b"a\r", "a\r"),
+            (b"a\n b", "a\n b"), (b"\r\na\r\nb\r\n", "\r\na\r\nb"), (b"\xc3\xa9\xe2\x82\xac", "é€"),
             (b"\xef\xbb\xbfa", "a"),
             (b"\xef\xbb\xbf\xef\xbb\xbfa\xef\xbb\xbf", "\ufeffa\ufeff"),
             (b"a\0\xe2\x80\xa8", "a\0\u2028"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(data):
                 self.assertEqual(0, self.run_main(stdin=data)[0])
-                self.assertEqual(prompt, container.requests[-1].json["prompt"])
-        count = len(container.requests)
+                self.assertEqual(prompt, server.requests[-1].json["prompt"])
+        count = len(server.requests)
         for data in (b"\xff", b"caf\xe9", "a".encode("utf-16")):
             with self.subTest(data):
                 status, out, err = self.run_main(stdin=data)
                 self.assertEqual((2, ""), (status, out))
                 self.assertIn("friendli_lite: error: 'utf-8' codec can't decode byte", err)
-        self.assertEqual(count, len(container.requests))
-
-    def test_stdin_and_stdout_do_not_depend_on_the_locale(self):
-        container = self.serve(event_stream(text_chunk("caf\u00e9 \U0001f600 \ud800")))
-        env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        env = {**os.environ, **env, "PYTHONIOENCODING": "latin-1"}
-        command = [sys.executable, friendli_lite.__file__]
-        data = "\ufeffé €\r\n".encode()
-        ran = subprocess.run(command, input=data, capture_output=True, env=env, timeout=60)
-        shown = b"caf\xe9 \\U0001f600 \\ud800\n"
-        self.assertEqual(
-            (0, shown, b""), (ran.returncode, ran.stdout.replace(b"\r", b""), ran.stderr)
-        )
-        self.assertEqual("é €", container.requests[0].json["prompt"])
+        self.assertEqual(count, len(server.requests))
 
     def test_verbose_tells_of_requests_and_retries_but_no_secret(self):
         container = self.serve(json_answer({"error": f"not {TOKEN}"}, 503, Retry_After=0))
@@ -5588,30 +5075,14 @@ class CommandLineTests(TestCase):
         lines = [
             "status 503 after",
             "the server responded with 503 Reason: not *** (Retry-After: 0); retry 1 of 3 in",
-            "status 200 after",
-            "done after",
-        ]
+            "status 200 after", "done after",
+        ]  # fmt: skip
         start = f"friendli_lite: POST {container.url}/v1/completions: "
         found = [re.sub(r" \d+\.\d+ s\Z", "", line) for line in err.splitlines()]
         self.assertEqual([start + line for line in lines], found)
         self.assertNotIn(TOKEN, err)
         self.assertNotIn("secret prompt", err)
         self.assertEqual(f"Bearer {TOKEN}", container.requests[0].headers["authorization"])
-
-    def test_verbose_does_not_say_done_of_what_failed(self):
-        for options, answer in [
-            ([], json_answer({}, 404)),
-            ([], then_close(STREAM_HEAD + chunked(sse(text_chunk("a"), done=False))[:-5])),
-            ([], json_answer({})),
-            (["--no-stream"], json_answer({})),
-            (["--no-stream"], then_close(JSON_HEAD + b"{")),
-        ]:
-            self.serve(answer)
-            with self.subTest(options, answer=answer):
-                status, _, err = self.run_main("--verbose", "--retries", "0", *options, "p")
-                self.assertEqual(1, status)
-                self.assertRegex(err, r"failed after \d\.\d+ s\nfriendli_lite: POST .*\n\Z")
-                self.assertNotIn("done", err)
 
     def test_ctrl_c_is_exit_status_130_without_a_traceback(self):
         def interrupt(sock):
@@ -5663,20 +5134,17 @@ class CommandLineTests(TestCase):
 class StandInTests(TestCase):
     """The stand-in container as a program, and what it refuses."""
 
-    FILE = os.path.join(HERE, "test_friendli_lite.py")
-
     def test_the_demo_and_the_server_run_as_the_help_says(self):
-        handler = signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # else the child ignores it
+        # Else the child ignores it
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.addCleanup(signal.signal, signal.SIGINT, handler)
-        command = [sys.executable, self.FILE, "--serve", "0"]
+        command = [sys.executable, "-m", "test_friendli_lite", "--serve", "0"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, **pipes, universal_newlines=True) as server:
+        with subprocess.Popen(command, cwd=HERE, **pipes, text=True) as server:
             self.addCleanup(server.kill)
-            demo = [sys.executable, self.FILE, "--demo", "Say this is a test!"]
-            ran = subprocess.run(demo, capture_output=True, text=True, timeout=60)
-            self.assertEqual((0, TEXT + "\n", ""), (ran.returncode, ran.stdout, ran.stderr))
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                main(["--demo", "Say this is a test!"])
+            self.assertEqual(TEXT + "\n", printed.getvalue())
             line = server.stdout.readline()
             form = (
                 r"A stand-in container answers at (http://127\.0\.0\.1:\d+); Ctrl-C ends it\.\n\Z"
@@ -5713,14 +5181,11 @@ class StandInTests(TestCase):
             ({"prompt": "p", "stop": "END"}, "stop", "list"),
             ({"prompt": "p", "model": 7}, "model", "string"),
             ({"prompt": "p", "stream": "yes"}, "stream", "boolean"),
-            ({"prompt": 7}, "prompt", "string or list"),
-            ({"tokens": "7"}, "tokens", "list"),
+            ({"prompt": 7}, "prompt", "string or list"), ({"tokens": "7"}, "tokens", "list"),
             ({"prompt": "p", "seed": [1], "top_p": 1, "model": None, "new": {}}, None, None),
-            ({"prompt": "p", "tokens": [1]}, None, needed),
-            ({}, None, needed),
-            ([], None, needed),
+            ({"prompt": "p", "tokens": [1]}, None, needed), ({}, None, needed), ([], None, needed),
             (7, None, ".+"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(request):
                 received = Received(
                     "POST /v1/completions HTTP/1.1", [], json.dumps(request).encode()
@@ -5761,9 +5226,6 @@ class HelpTests(TestCase):
                 for attribute, value in vars(public).items() if inspect.isclass(public) else ():
                     if callable(value) or isinstance(value, property):
                         self.assertTrue(attribute.startswith("_") or value.__doc__, attribute)
-        for kind in (CompletionRequest, RetryConfig):
-            for field in dataclasses.fields(kind):
-                self.assertRegex(inspect.getdoc(kind), rf"\n    {field.name}: \S")
         for name in inspect.signature(complete).parameters:
             self.assertRegex(inspect.getdoc(complete), rf"\n    (\*\*)?{name}: \S")
 
@@ -5792,7 +5254,7 @@ class HelpTests(TestCase):
         with contextlib.redirect_stdout(io.StringIO()) as printed, self.assertRaises(SystemExit):
             friendli_lite.main(["--help"])
         lines = printed.getvalue().splitlines()
-        container = self.serve()
+        server = self.serve()
         examples = [shlex.split(line) for line in lines[lines.index("examples:") + 1 :]]
         for program, *arguments in examples:
             with self.subTest(arguments), contextlib.redirect_stdout(io.StringIO()):
@@ -5800,18 +5262,13 @@ class HelpTests(TestCase):
                 with mock.patch("sys.stdin", io.StringIO("Say this is a test!")):
                     end = arguments.index("<") if "<" in arguments else None
                     self.assertEqual(0, exit_status_of_main(arguments[:end]))
-        prompts = [received.json["prompt"] for received in container.requests]
+        prompts = [received.json["prompt"] for received in server.requests]
         self.assertEqual(["Say this is a test!"] * 2, prompts)
         self.assertLessEqual(max(map(len, lines)), 80)
         self.assertLessEqual(len(lines), 24)
 
 
 # The file on a stranger's machine
-
-
-def source():
-    with open(friendli_lite.__file__, encoding="utf-8") as file:
-        return file.read()
 
 
 class VendoredFileTests(TestCase):
@@ -5829,15 +5286,10 @@ class VendoredFileTests(TestCase):
         self.assertLess(len(comments), 9)
         self.assertTrue(all(line.startswith("#") for line in comments))
 
-    def test_its_version_is_a_line_that_can_be_searched(self):
-        version = f'__version__ = "{friendli_lite.__version__}"'
-        self.assertEqual(1, source().splitlines().count(version))
-
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
     def test_it_imports_the_standard_library_only(self):
-        ast = importlib.import_module("ast")
         imported = set()
-        for node in ast.walk(ast.parse(source())):
+        for node in ast.walk(syntax_tree()):
             if isinstance(node, ast.Import):
                 imported.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -5847,30 +5299,8 @@ class VendoredFileTests(TestCase):
         self.assertEqual(set(), names - sys.stdlib_module_names)
         self.assertIn("socket", names)
 
-    def test_it_works_in_a_package_and_under_any_name(self):
-        folder = self.folder()
-        package = os.path.join(folder, "app", "_vendor")
-        os.makedirs(package)
-        names = ("friendli_lite", "completions")
-        for name in names:
-            shutil.copy(friendli_lite.__file__, os.path.join(package, f"{name}.py"))
-        modules = mock.patch.dict(sys.modules)
-        paths = mock.patch.object(sys, "path", [folder, *sys.path])
-        self.serve(*[then_close(json_answer({"detail": "no"}, 404))] * 2)
-        with modules, paths:
-            for name in names:
-                with self.subTest(name):
-                    copied = importlib.import_module(f"app._vendor.{name}")
-                    self.assertIsNot(friendli_lite, copied)
-                    with self.assertRaises(copied.APIStatusError) as caught:
-                        copied.complete("Hi")
-                    copied._pool.close()
-                    error = pickle.loads(pickle.dumps(caught.exception))
-                    self.assertIs(copied.APIStatusError, type(error))
-                    self.assertEqual((404, "no"), (error.status_code, error.message))
-
     def test_it_runs_isolated_from_a_read_only_folder_and_from_a_zip(self):
-        container = self.serve()
+        server = self.serve()
         folder = self.folder()
         read_only, archive = os.path.join(folder, "read_only"), os.path.join(folder, "bundle.zip")
         os.mkdir(read_only)
@@ -5885,7 +5315,7 @@ class VendoredFileTests(TestCase):
             "import sys; sys.path.insert(0, sys.argv[1]); import friendli_lite;"
             "print(friendli_lite.__file__); friendli_lite.main(['Hi'])"
         )
-        env = {"LC_ALL": "C", "FRIENDLI_SERVER_URL": container.url}  # and neither HOME nor PATH
+        env = {"LC_ALL": "C", "FRIENDLI_SERVER_URL": server.url}  # and neither HOME nor PATH
         if "SYSTEMROOT" in os.environ:  # Windows opens no socket without
             env["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
 
@@ -5909,19 +5339,16 @@ class VendoredFileTests(TestCase):
             'fields: dict[str, Any] = {"n": 2}',
         ]
         right = [
-            'complete("x", max_tokens=5)',
-            'complete("x", **fields)',
+            'complete("x", max_tokens=5)', 'complete("x", **fields)',
             'complete({"prompt": "x"}, temperature=1, stop=["END"])',
             'text: str = complete(CompletionRequest(prompt=["x", "y"]), seed=[1, 2]).text',
             "texts: list[str] = [chunk.text for chunk in stream(tokens=[1], seed=None)]",
-        ]
+        ]  # fmt: skip
         wrong = [
-            'complete("x", max_token=5)',
-            'complete("x", max_tokens="5")',
-            'complete("x", messages=[])',
-            'stream("x", seed=1.5)',
+            'complete("x", max_token=5)', 'complete("x", max_tokens="5")',
+            'complete("x", messages=[])', 'stream("x", seed=1.5)',
             'number: int = complete("x").text',
-        ]
+        ]  # fmt: skip
         with open(os.path.join(folder, "program.py"), "w") as file:
             file.write("\n".join([*start, *right, *wrong, ""]))
         command = [sys.executable, "-m", "mypy", "--strict", "--python-version=3.12", "program.py"]
@@ -5933,63 +5360,54 @@ class VendoredFileTests(TestCase):
 
 
 class StrangersMachineTests(TestCase):
-    def test_a_pipe_gets_each_chunk_as_it_comes(self):
-        first = STREAM_HEAD + chunked(sse(text_chunk("first"), done=False))[:-5]
+    def test_a_pipe_gets_each_chunk_as_it_comes_in_any_locale(self):
+        """The text in one process, and JSON lines in another."""
+        first, rest = STREAM_HEAD + A_CHUNK, " caf\u00e9 \U0001f600 \ud800"
         os.environ.pop("PYTHONUNBUFFERED", None)  # would do what is tested here
-        command = [sys.executable, friendli_lite.__file__, "Hi"]
-        answers = [Later(first, chunked(sse(text_chunk(" second")))) for _ in range(2)]
+        env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        env = {**os.environ, **env, "PYTHONIOENCODING": "latin-1"}
+        answers = [Later(first, chunked(sse(text_chunk(rest)))) for _ in range(2)]
+        servers = [self.serve(answer) for answer in answers]
         with contextlib.ExitStack() as stack:
+            command = [sys.executable, friendli_lite.__file__, "--server-url"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": env}
             text, raw = (
-                stack.enter_context(
-                    subprocess.Popen(
-                        [*command, *options, "--server-url", self.serve(answer).url],
-                        stdout=subprocess.PIPE,
-                    )
-                )
-                for answer, options in zip(answers, ([], ["--json"]))
+                stack.enter_context(subprocess.Popen([*command, server.url, *more], **pipes))
+                for server, more in zip(servers, ([], ["--json"]))
             )
+            for process in (text, raw):
+                process.stdin.write("\ufeffé €\r\n".encode())
+                process.stdin.close()
             with self.within(4):  # after 5 s the rest would come by itself
-                self.assertEqual(b"first", text.stdout.read(5))
-                self.assertEqual(text_chunk("first"), json.loads(raw.stdout.readline()))
+                self.assertEqual(b"a", text.stdout.read(1))
+                self.assertEqual(text_chunk("a"), json.loads(raw.stdout.readline()))
             for answer in answers:
                 answer.now()
-            self.assertEqual([b"second"], text.stdout.read().split())
-            self.assertEqual(text_chunk(" second"), json.loads(raw.stdout.read()))
+            printed = text.stdout.read().replace(b"\r", b"")
+            self.assertEqual(b" caf\xe9 \\U0001f600 \\ud800\n", printed)
+            self.assertEqual(text_chunk(rest), json.loads(raw.stdout.read()))
         self.assertEqual((0, 0), (text.returncode, raw.returncode))
+        self.assertEqual(["é €"] * 2, [server.requests[0].json["prompt"] for server in servers])
 
     def test_closed_standard_streams_do_no_harm(self):
         self.addCleanup(setattr, logging.root, "handlers", logging.root.handlers[:])
-        for closed, arguments, script, status, printed in (
-            ("stdout", ["Hi"], [], 0, ""),
-            ("stdout", ["Hi", "--json"], [], 0, ""),
-            (
-                "stderr",
-                ["Hi"],
-                [json_answer({"detail": "no"}, 422)],
-                1,
-                "",
-            ),  # an error is no output
+        refused = json_answer({"detail": "no"}, 422)
+        for closed, arguments, script, status, printed in [
+            ("stdout", ["Hi"], [], 0, ""), ("stdout", ["Hi", "--json"], [], 0, ""),
+            ("stderr", ["Hi"], [refused], 1, ""),  # an error is no output
             ("stderr", ["Hi", "--verbose"], [], 0, f"{TEXT}\n"),
-            ("stdin", ["Hi"], [], 0, f"{TEXT}\n"),
-            ("stdin", [], [], 0, f"{TEXT}\n"),  # an empty prompt
-        ):
-            container = self.serve(*script)
-            streams = {"stdin": io.StringIO(), "stdout": io.StringIO(), "stderr": io.StringIO()}
+            ("stdin", ["Hi"], [], 0, f"{TEXT}\n"), ("stdin", [], [], 0, f"{TEXT}\n"),
+        ]:  # fmt: skip
+            server = self.serve(*script)
+            streams = {name: io.StringIO() for name in ("stdin", "stdout", "stderr")}
             with self.subTest(closed=closed, arguments=arguments):
-                with mock.patch.multiple(
-                    sys, **{**streams, closed: None}
-                ):  # as Python itself says it
+                with mock.patch.multiple(sys, **{**streams, closed: None}):  # as Python says it
                     self.assertEqual(status, exit_status_of_main(arguments))
                 self.assertEqual(printed, streams["stdout"].getvalue())
-                self.assertEqual(1, len(container.requests))
+                self.assertEqual(1, len(server.requests))
 
 
 # The README
-
-
-def readme():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return file.read()
 
 
 def readme_blocks():
@@ -6056,13 +5474,9 @@ class ReadmeTestCase(TestCase):
         """Run Python with the repository's modules, in a process of its own."""
         path = os.pathsep.join([cwd, HERE])
         return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": path, **env},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+            [sys.executable, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": path, **env},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
 
 
 class ReadmeTests(ReadmeTestCase):
@@ -6071,19 +5485,19 @@ class ReadmeTests(ReadmeTestCase):
         self.addCleanup(setattr, logging.root, "handlers", logging.root.handlers[:])
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.make_folder(readme_files()))
-        container = self.serve()
+        server = self.serve()
         for code, shown in readme_programs():
             if "from dask" in code:
                 continue  # it has a test of its own
             with self.subTest(code=code), contextlib.redirect_stderr(io.StringIO()):
-                container.requests.clear()
-                names, printed = run_block(code.replace("http://localhost:8000", container.url))
+                server.requests.clear()
+                names, printed = run_block(code.replace("http://localhost:8000", server.url))
                 if hasattr(names, "executor"):
                     names.executor.shutdown()
                 is_printing = "print(" in code and "file=file" not in code
                 expected = shown.rstrip("\n") or (TEXT if is_printing else "")
                 self.assertEqual(expected, printed.rstrip("\n"))
-                self.assertTrue(container.requests)
+                self.assertTrue(server.requests)
         with open("answers.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         texts = [(row["number"], row["answer"]["choices"][0]["text"]) for row in rows]
@@ -6113,18 +5527,16 @@ class ReadmeTests(ReadmeTestCase):
             self.assertIn(anchor, anchors)
         for name in re.findall(r"`(benchmarks/\S+|\.ci/run)`", text):
             self.assertTrue(os.path.exists(os.path.join(HERE, name)), name)
-        with open(friendli_lite.__file__, encoding="utf-8") as file:
-            sections = set(
-                re.findall(r"^# ([A-Z][^\n]*)\n\n\n(?=class |def |@|[_A-Z])", file.read(), re.M)
-            )
+        sections = set(
+            re.findall(r"^# ([A-Z][^\n]*)\n\n\n(?=class |def |@|[_A-Z])", source(), re.M)
+        )
         (layout,) = re.findall(r"\| section \| what it does \|\n(.*?)\n\n", text, re.DOTALL)
         named = "\n".join(row.split("|")[1] for row in layout.splitlines()[1:])
         for section in sections:
             self.assertIn(section.partition(":")[0].partition(";")[0], named)
 
     def test_a_vendored_file_works_in_a_package_under_any_name(self):
-        with open(friendli_lite.__file__, encoding="utf-8") as file:
-            module = file.read()
+        module = source()
         (version,) = [line for line in module.splitlines() if line.startswith("__version__")]
         self.assertEqual(f'__version__ = "{friendli_lite.__version__}"', version)
         self.assertIn(f"`{version}`", readme())
@@ -6147,8 +5559,7 @@ class ReadmeTests(ReadmeTestCase):
                 self.assertEqual((404, "no"), (error.status_code, error.message))
 
     def test_the_count_of_lines_to_audit_is_that_of_the_file(self):
-        with open(friendli_lite.__file__, encoding="utf-8") as file:
-            lines = len(file.readlines())
+        lines = len(source().splitlines())
         (said,) = re.findall(r"\| friendli_lite \| 1 file \| about ([\d,]+) \|", readme())
         self.assertAlmostEqual(int(said.replace(",", "")), lines, delta=150)
 
@@ -6156,18 +5567,13 @@ class ReadmeTests(ReadmeTestCase):
     def test_programs_pass_the_strict_type_checker(self):
         programs = [f"program_{number}.py" for number in range(len(readme_programs()))]
         files = {name: code for name, (code, _) in zip(programs, readme_programs())}
-        with open(friendli_lite.__file__, encoding="utf-8") as file:
-            files.update(readme_files(), **{"friendli_lite.py": file.read()})
+        files.update(readme_files(), **{"friendli_lite.py": source()})
         folder = self.make_folder(files)
         # Dask may be missing here
-        options = [
-            "--strict",
-            "--disable-error-code=import-not-found",
-            "--disable-error-code=no-untyped-call",
-        ]
-        ran = self.run_python(
-            "-m", "mypy", "--cache-dir", os.devnull, *options, *sorted(files), cwd=folder
-        )
+        allowed = ("import-not-found", "no-untyped-call")
+        options = [f"--disable-error-code={name}" for name in allowed]
+        options += ["--strict", "--cache-dir", os.devnull, *sorted(files)]
+        ran = self.run_python("-m", "mypy", *options, cwd=folder)
         self.assertEqual((0, ""), (ran.returncode, ran.stderr), ran.stdout)
 
 
@@ -6179,6 +5585,7 @@ class ReadmeTableTests(ReadmeTestCase):
         return [[cell.strip() for cell in re.split(r" ?\| ?", row)] for row in rows]
 
     def test_the_parameters_are_those_of_the_two_calls(self):
+        self.assertIn("`help(friendli_lite.CompletionRequest)`", readme())
         rows = [row for row in self.table("Parameters") if row[0].startswith("`")]
         defaults = {row[0].strip("`"): row[3] for row in rows}
         for call in (friendli_lite.complete, friendli_lite.stream):
@@ -6189,12 +5596,6 @@ class ReadmeTableTests(ReadmeTestCase):
                 if isinstance(parameter.default, float) or shown == "`None`":
                     self.assertEqual(f"`{parameter.default}`", shown)
         self.assertEqual("`RetryConfig()`", defaults["retries"])
-
-    def test_help_describes_every_field_of_the_body(self):
-        self.assertIn("`help(friendli_lite.CompletionRequest)`", readme())
-        described = inspect.getdoc(friendli_lite.CompletionRequest)
-        for field in dataclasses.fields(friendli_lite.CompletionRequest):
-            self.assertRegex(described, rf"\n    {field.name}: \S")
 
     def test_every_error_has_its_row(self):
         rows = {
@@ -6221,13 +5622,8 @@ class ReadmeTableTests(ReadmeTestCase):
                 expected |= {name for name in dir(dataclass) if name == "text"}
                 self.assertEqual(expected, fields)
         results = {
-            "ChunkChoice",
-            "Completion",
-            "CompletionChoice",
-            "CompletionChunk",
-            "Logprobs",
-            "Usage",
-        }
+            "ChunkChoice", "Completion", "CompletionChoice", "CompletionChunk", "Logprobs", "Usage",
+        }  # fmt: skip
         self.assertEqual(results, set(named))
 
     def test_the_worked_numbers_are_those_of_the_default_retries(self):
@@ -6267,17 +5663,16 @@ class RecipeTests(ReadmeTestCase):
         ):
             with self.subTest(printed=printed):
                 self.serve(answer)
-                self.assertEqual(
-                    printed, run_block(readme_block("refused with"))[1][: len(printed)]
-                )
+                found = run_block(readme_block("refused with"))[1]
+                self.assertEqual(printed, found[: len(printed)])
 
     def test_the_ported_examples_send_what_they_say(self):
-        container = self.serve()
+        server = self.serve()
         run_block(readme_block("as event_stream"))
         expected = [{"stream": stream, "prompt": "Say this is a test!"} for stream in (False, True)]
-        self.assertEqual(expected, [received.json for received in container.requests])
+        self.assertEqual(expected, [received.json for received in server.requests])
 
-    def test_the_async_stream_neither_blocks_the_loop_nor_keeps_its_connection(self):
+    def test_the_async_stream_leaves_the_loop_free_and_its_connection(self):
         loop_ran, client_left = threading.Event(), threading.Event()
 
         def answer(sock):
@@ -6326,15 +5721,12 @@ class RecipeTests(ReadmeTestCase):
         names = run_block(readme_block("async def acomplete"))[0]
         self.addCleanup(names.executor.shutdown)
         self.serve(*[answer] * calls)
-        self.assertEqual(
-            ["a"] * calls, [answer.text for answer in asyncio.run(main(names.acomplete))]
-        )
+        answers = asyncio.run(main(names.acomplete))
+        self.assertEqual(["a"] * calls, [answer.text for answer in answers])
 
 
 class LambdaTests(ReadmeTestCase):
-    def setUp(self):
-        super().setUp()
-        os.environ["FRIENDLI_TOKEN"] = TOKEN
+    NO_PROMPTS = [{"prompt": 5}, {}, ["prompt"], None]
 
     @staticmethod
     def context(milliseconds=5000):
@@ -6343,33 +5735,22 @@ class LambdaTests(ReadmeTestCase):
     def test_a_direct_invocation_is_completed_or_told_its_status(self):
         logging.getLogger("friendli_lite").setLevel(logging.INFO)
         handler = self.import_file("lambda_function").lambda_handler
-        refused = json_answer({"detail": "no such model"}, 404)
-        for event, milliseconds, script, expected, sent in (
-            ({"prompt": "Hi"}, 5000, [], {"statusCode": 200, "text": TEXT}, 2),
-            (
-                {"prompt": "Hi"},
-                5000,
-                [refused] * 2,
-                {"statusCode": 502, "error": "no completion"},
-                2,
-            ),
-            ({"prompt": "Hi"}, 999, [], {"statusCode": 504, "error": "no completion in time"}, 0),
-            ({"prompt": 5}, 5000, [], {"statusCode": 400, "error": "a prompt is needed"}, 0),
-            ({}, 5000, [], {"statusCode": 400, "error": "a prompt is needed"}, 0),
-            (["prompt"], 5000, [], {"statusCode": 400, "error": "a prompt is needed"}, 0),
-            (None, 5000, [], {"statusCode": 400, "error": "a prompt is needed"}, 0),
-        ):
+        hi, refused = {"prompt": "Hi"}, json_answer({"detail": "no such model"}, 404)
+        for event, milliseconds, script, status, said, sent in [
+            (hi, 5000, [], 200, TEXT, 2),
+            (hi, 5000, [refused] * 2, 502, "no completion", 2),
+            (hi, 999, [], 504, "no completion in time", 0),
+            *((bad, 5000, [], 400, "a prompt is needed", 0) for bad in self.NO_PROMPTS),
+        ]:
+            expected = {"statusCode": status, "text" if status == 200 else "error": said}
             with self.subTest(event=event, expected=expected):
-                container = self.serve(*script)
+                server = self.serve(*script)
                 with self.assertLogs() as logs:
                     logging.info("assertLogs() needs one")
                     for _ in range(2):
                         self.assertEqual(expected, handler(event, self.context(milliseconds)))
-                self.assertEqual(
-                    (min(sent, 1), sent), (container.connections, len(container.requests))
-                )
-                failed = expected["statusCode"] in (502, 504)
-                self.assertEqual(failed, container.url in "\n".join(logs.output))
+                self.assertEqual((min(sent, 1), sent), (server.connections, len(server.requests)))
+                self.assertEqual(status in (502, 504), server.url in "\n".join(logs.output))
                 self.assertNotIn(TOKEN, "\n".join(logs.output))
 
     def test_a_wrong_variable_is_in_the_log_and_not_in_the_result(self):
@@ -6388,39 +5769,42 @@ class LambdaTests(ReadmeTestCase):
             ({"body": plain, "isBase64Encoded": False}, 200),
             ({"body": plain}, 200),
             ({"body": encoded, "isBase64Encoded": True}, 200),
-            ({"body": "prompt=Hi"}, 400),
-            ({"body": "[]"}, 400),
+            ({"body": "prompt=Hi"}, 400), ({"body": "[]"}, 400),
             ({"body": "!", "isBase64Encoded": True}, 400),
             ({"body": "//79", "isBase64Encoded": True}, 400),  # no UTF-8
-            ({"body": None}, 400),
-            ({}, 400),
-        ):
+            ({"body": None}, 400), ({}, 400),
+        ):  # fmt: skip
             with self.subTest(event=event):
-                container = self.serve()
+                server = self.serve()
                 answer = handler(event, self.context())
                 self.assertEqual(status, answer["statusCode"])
                 self.assertEqual({"Content-Type": "application/json"}, answer["headers"])
                 body = json.loads(answer["body"])
-                self.assertEqual(
-                    TEXT if status == 200 else "a prompt is needed",
-                    body.get("text", body.get("error")),
-                )
-                prompts = [received.json["prompt"] for received in container.requests]
+                expected = TEXT if status == 200 else "a prompt is needed"
+                self.assertEqual(expected, body.get("text", body.get("error")))
+                prompts = [received.json["prompt"] for received in server.requests]
                 self.assertEqual(["caf\u00e9"] if status == 200 else [], prompts)
 
     def test_the_zip_of_the_two_commands_needs_no_compiler(self):
         folder = self.make_folder(readme_files())
         shutil.copy(friendli_lite.__file__, folder)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder)
         commands = re.findall(r"^    python3 -m ((?:compileall|zipfile).*)$", readme(), re.M)
         self.assertEqual(2, len(commands))
         for command in commands:
-            ran = self.run_python("-m", *command.split(), cwd=folder, PYTHONDONTWRITEBYTECODE="")
-            self.assertEqual((0, "", ""), (ran.returncode, ran.stdout, ran.stderr))
+            module, *arguments = command.split()
+            patch = mock.patch.object(sys, "argv", [module, *arguments])
+            with patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+                try:
+                    runpy.run_module(module, run_name="__main__", alter_sys=True)
+                except SystemExit as exit_:
+                    self.assertIn(exit_.code, (0, None))
+            self.assertEqual("", printed.getvalue())
         task = os.path.join(folder, "task")
         with zipfile.ZipFile(os.path.join(folder, "function.zip")) as bundle:
-            self.assertEqual(
-                5, len(bundle.namelist()), bundle.namelist()
-            )  # two sources, a folder with two more
+            names = bundle.namelist()  # two sources, and a folder with two more
+            self.assertEqual(5, len(names), names)
             bundle.extractall(task)
         for name in ("lambda_function.py", "friendli_lite.py"):
             os.utime(os.path.join(task, name), (1, 1))  # nor does Lambda keep the times
@@ -6429,10 +5813,8 @@ class LambdaTests(ReadmeTestCase):
         ran = self.run_python("-v", "-c", program, cwd=task, PYTHONDONTWRITEBYTECODE="1")
         self.assertIn(os.path.join(task, "friendli_lite.py"), ran.stdout)
         for name in ("lambda_function", "friendli_lite"):
-            self.assertRegex(
-                ran.stderr,
-                rf"# code object from '?\S*{re.escape(os.path.join('__pycache__', name))}\.",
-            )
+            compiled = re.escape(os.path.join("__pycache__", name))
+            self.assertRegex(ran.stderr, rf"# code object from '?\S*{compiled}\.")
 
     @unittest.skipUnless(has_module("awslambdaric"), "AWS's runtime client is not installed")
     def test_both_handlers_work_under_the_runtime_client_of_aws(self):
@@ -6440,37 +5822,17 @@ class LambdaTests(ReadmeTestCase):
         body = base64.b64encode(b'{"prompt": "Hi"}').decode()
         busy = json_answer({"detail": "busy"}, 503, Retry_After="0")
         refused = json_answer({"detail": "no such model"}, 404)
-        for handler, event, script, expected, logged in (
-            (
-                "lambda_handler",
-                {"prompt": "Hi"},
-                [busy],
-                {"statusCode": 200, "text": TEXT},
-                "retry 1 of 3",
-            ),
-            ("lambda_handler", [], [], {"statusCode": 400, "error": "a prompt is needed"}, ""),
-            (
-                "lambda_handler",
-                {"prompt": "Hi"},
-                [refused],
-                {"statusCode": 502, "error": "no completion"},
-                "no such model",
-            ),
-            (
-                "url_handler",
-                {"body": body, "isBase64Encoded": True},
-                [],
-                {"statusCode": 200, "text": TEXT},
-                "",
-            ),
-            (
-                "url_handler",
-                {"body": "prompt"},
-                [],
-                {"statusCode": 400, "error": "a prompt is needed"},
-                "",
-            ),
-        ):
+        completed = {"statusCode": 200, "text": TEXT}
+        failed = {"statusCode": 502, "error": "no completion"}
+        needed = {"statusCode": 400, "error": "a prompt is needed"}
+        by_url = {"body": body, "isBase64Encoded": True}
+        for handler, event, script, expected, logged in [
+            ("lambda_handler", {"prompt": "Hi"}, [busy], completed, "retry 1 of 3"),
+            ("lambda_handler", [], [], needed, ""),
+            ("lambda_handler", {"prompt": "Hi"}, [refused], failed, "no such model"),
+            ("url_handler", by_url, [], completed, ""),
+            ("url_handler", {"body": "prompt"}, [], needed, ""),
+        ]:
             with self.subTest(handler=handler, event=event):
                 is_posted = threading.Event()
 
@@ -6480,19 +5842,17 @@ class LambdaTests(ReadmeTestCase):
                     return CLOSE
 
                 invocation = json_answer(
-                    event,
-                    Lambda_Runtime_Aws_Request_Id="1",
+                    event, Lambda_Runtime_Aws_Request_Id="1",
                     Lambda_Runtime_Deadline_Ms=int(time.time() * 1000) + 30_000,
                     Lambda_Runtime_Invoked_Function_Arn="arn",
-                )
+                )  # fmt: skip
                 runtime = self.serve(invocation, json_answer({}, 202), wait)
                 self.serve(*script)
                 environment = {
                     **os.environ,
                     "AWS_LAMBDA_RUNTIME_API": urlsplit(runtime.url).netloc,
-                    "LAMBDA_TASK_ROOT": folder,
-                    "PYTHONPATH": os.pathsep.join([folder, HERE]),
-                }
+                    "LAMBDA_TASK_ROOT": folder, "PYTHONPATH": os.pathsep.join([folder, HERE]),
+                }  # fmt: skip
                 with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
                     command = [sys.executable, "-m", "awslambdaric", f"lambda_function.{handler}"]
                     options = {"cwd": folder, "env": environment, "stdout": log, "stderr": log}
@@ -6516,15 +5876,14 @@ class ManyPromptsTests(ReadmeTestCase):
     def test_every_prompt_gets_its_own_answer_or_error(self):
         many = self.import_file("many")
         prompts = [f"prompt {number}" for number in range(40)]
-        container = self.serve()
+        server = self.serve()
         echo = mock.patch(f"{words.__module__}.words", lambda request: [request["prompt"]])
         answers = {}
         with echo, contextlib.redirect_stderr(io.StringIO()) as progress:
             many.ask_all(prompts, answers)
-        self.assertEqual(
-            dict(enumerate(prompts)), {number: answer.text for number, answer in answers.items()}
-        )
-        self.assertLessEqual(container.connections, 16)
+        texts = {number: answer.text for number, answer in answers.items()}
+        self.assertEqual(dict(enumerate(prompts)), texts)
+        self.assertLessEqual(server.connections, 16)
         self.assertIn("40 of 40\r", progress.getvalue())
         self.serve(json_answer({"detail": "too long"}, 422))
         answers = {}
@@ -6533,9 +5892,7 @@ class ManyPromptsTests(ReadmeTestCase):
         self.assertEqual(("too long", TEXT), (answers[0].message, answers[1].text))
         self.assertIsNone(answers[0].__traceback__)
 
-    @unittest.skipUnless(
-        hasattr(signal, "pthread_kill"), "Windows cannot interrupt the main thread so"
-    )
+    @unittest.skipUnless(hasattr(signal, "pthread_kill"), "this system has no signals")
     def test_an_interruption_keeps_the_answers_and_a_second_run_asks_the_rest(self):
         many = self.import_file("many")
         interrupted = threading.Event()
@@ -6549,31 +5906,21 @@ class ManyPromptsTests(ReadmeTestCase):
             interrupted.wait(10)
             sock.sendall(json_answer(completion({})))
 
-        container = self.serve(json_answer(completion({})), answer_late, interrupt)
-        prompts = [f"prompt {number}" for number in range(500)]
+        server = self.serve(json_answer(completion({})), answer_late, interrupt)
+        prompts = [f"prompt {number}" for number in range(100)]
         answers = {}
         self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.redirect_stderr(io.StringIO()):
             with self.assertRaises(KeyboardInterrupt):
                 many.ask_all(prompts, answers, threads=2)
-            sent = {int(received.json["prompt"].split()[1]) for received in container.requests}
+            sent = {int(received.json["prompt"].split()[1]) for received in server.requests}
             self.assertEqual(sent, answers.keys())
             self.assertTrue({0, 1, 2} <= sent)
             self.assertLess(len(sent), len(prompts))
             many.ask_all(prompts, answers, threads=2)
         self.assertEqual(len(prompts), len(answers))
-        self.assertEqual(len(prompts), len(container.requests))
-
-    def test_requests_answers_and_errors_can_be_pickled(self):
-        many = self.import_file("many")
-        self.serve(json_answer({"detail": "too long"}, 422))
-        request = friendli_lite.CompletionRequest(prompt="a", seed=[1])
-        error, answer = [many.ask(pickle.loads(pickle.dumps(request))) for _ in range(2)]
-        self.assertEqual(answer, pickle.loads(pickle.dumps(answer)))
-        copied = pickle.loads(pickle.dumps(error))
-        self.assertIs(friendli_lite.APIStatusError, type(copied))
-        self.assertEqual((str(error), vars(error)), (str(copied), vars(copied)))
+        self.assertEqual(len(prompts), len(server.requests))
 
     @unittest.skipUnless(has_module("distributed"), "Dask is not installed")
     def test_dask_sends_each_of_equal_requests_and_returns_its_classes(self):
@@ -6596,11 +5943,11 @@ if __name__ == "__main__":
         folder = self.make_folder({**readme_files(), "everywhere.py": block, "script.py": script})
         for how in ("processes", "threads"):
             with self.subTest(how=how):
-                container = self.serve()
+                server = self.serve()
                 ran = self.run_python("script.py", how, cwd=folder)
                 said = "True <class 'friendli_lite.Completion'>\nTrue\n"
                 self.assertEqual((0, said), (ran.returncode, ran.stdout), ran.stderr)
-                self.assertEqual(21, len(container.requests))
+                self.assertEqual(21, len(server.requests))
 
 
 # Run as a program

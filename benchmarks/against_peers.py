@@ -157,9 +157,9 @@ def start_time(environment: dict[str, str], client: Callable, url: str) -> float
 
 
 def run(environment: dict[str, str], *arguments: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True
-    )
+    command, folder = [sys.executable, *arguments], environment["PYTHONPATH"]
+    # From that folder, too, since `python -c` imports from the current one first.
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"failed: {' '.join(map(str, arguments))[-200:]}\n{done.stderr}")
     return done.stdout
