@@ -1585,7 +1585,7 @@ _COMPRESSIONS = ("br", "compress", "deflate", "gzip", "zstd")
 def _decode_page(page: bytes | bytearray, headers: Mapping[str, str]) -> str:
     """Decode a page by its BOM or null bytes, or else by the charset of its Content-Type."""
     charset: str = json.detect_encoding(page)
-    pattern = r"(?i)charset\s*=\s*[\"']?(?!punycode|\w*escape)([\w.:-]+)"  # two are not for pages
+    pattern = r"(?i)charset\s*=\s*[\"']?(?!punycode|[\w-]*escape)([\w.:-]+)"  # not for pages
     match = re.search(pattern, headers.get("content-type", ""))
     charset = match[1] if match and charset == "utf-8" else charset  # which stands for neither
     try:
