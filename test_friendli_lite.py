@@ -2557,6 +2557,11 @@ class ResponseTests(TestCase):
             self.ask()
             self.assertEqual(2, server.connections)
 
+    def test_a_response_is_read_once_to_its_end(self):
+        connection = FakeConnection([head(Transfer_Encoding="chunked") + chunked(b"a")])
+        response = friendli_lite._Response(connection)
+        self.assertEqual([b"a", b"", b"", b""], [response.read() for _ in range(4)])
+
 
 class CutTests(TestCase):
     EVENT = b'data: {"choices":[{"text":"a"}]}\n\n'
@@ -3491,6 +3496,7 @@ class ProxyTests(TestCase):
                     target = f"127.0.0.1:{server.port}"
                     self.assertEqual(("CONNECT", target), (first.method, first.path))
                     self.assertEqual({"host": target}, first.headers)
+                    self.assertEqual("/v1/completions", server.requests[0].path)
                     self.assertGreater(len(proxy.seen), 1000)
                     self.assertNotIn(TOKEN.encode(), proxy.seen)
 
@@ -3760,6 +3766,12 @@ class ProxyTests(TestCase):
         with mock.patch.object(os, "name", "nt"):
             self.assertTrue(friendli_lite._is_httpoxy("http_proxy"))
             self.assertFalse(friendli_lite._is_httpoxy("HTTPS_PROXY"))
+
+    def test_a_connection_that_got_no_tunnel_serves_no_call(self):
+        with Proxy(refusal=json_answer({}, 407)) as proxy:
+            self.through(proxy.url)
+            self.failure(APIStatusError, server_url="https://friendli.invalid")
+            self.assertEqual([], list(friendli_lite._pool._idle))
 
 
 # The transport: TLS
@@ -4229,6 +4241,12 @@ class HintTests(TestCase):
             error = self.failure(APIStatusError)
         self.assertEqual(long, error.headers["location"])
         self.assertTrue(str(error).endswith(long[:500] + "..."))
+
+    def test_a_location_is_a_hint_of_a_redirect_alone(self):
+        for status, hint in ((302, "leads to http://a"), (429, "fewer requests at a time")):
+            with self.subTest(status):
+                self.serve(json_answer({}, status, Location="http://a"))
+                self.check_error(APIStatusError, self.failure(APIStatusError), hint)
 
 
 # Error texts: secrets
