@@ -3538,6 +3538,7 @@ class ProxyTests(TestCase):
         cases = [
             (APIStatusError, close, "403 Reason: no"),
             (APIStatusError, json_answer({"error": "no gateway"}, 502), "502 Reason: no gateway"),
+            (APIStatusError, json_answer({}, 300), "300 Reason"),
             (APIStatusError, head(302, Location="http://login.invalid"), "302 Reason"),
             (APIConnectionError, b"", "no response"),
             (APIResponseError, b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
@@ -5325,8 +5326,10 @@ class CommandLineTests(TestCase):
         for options in ([], ["--json"], ["--no-stream"]):
             reader, writer = os.pipe()
             os.close(reader)
-            with self.subTest(options):
-                self.assertEqual((0, ""), self.run_main_to(os.fdopen(writer, "w"), *options))
+            with self.subTest(options), os.fdopen(writer, "w", closefd=False) as stdout:
+                self.assertEqual((0, ""), self.run_main_to(stdout, *options))
+            os.write(writer, b"what is written at exit goes nowhere")
+            os.close(writer)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_is_said(self):
