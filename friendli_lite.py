@@ -526,7 +526,7 @@ class CompletionStream(_ChunkGenerator):
         return next(self)
 
     def throw(self, *error: Any) -> CompletionChunk:
-        """Close the stream first, so that no retry follows, and raise the error."""
+        """Close the stream, and raise the error as it is."""
         self.close()
         return self._chunks.throw(*error)
 
@@ -868,7 +868,7 @@ class _Call:
 
     def _wait_or_raise(self, error: FriendliError, is_final: bool = False) -> None:
         """Wait until it is time for the next attempt; raise the error if there is none."""
-        _without_frames(error)  # a frame that holds the error it raises is a reference cycle
+        _without_frames(error)  # before it is logged: a handler may keep it
         if self.was_aborted:  # the connection broke because of that
             error = APIConnectionError(_ABORTED)
         attempts = f" (after {self.attempts} attempts)" if self.attempts > 1 else ""

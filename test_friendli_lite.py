@@ -1224,10 +1224,12 @@ class StreamTests(TestCase):
         for error in [KeyError("thrown"), APIConnectionError("thrown"), KeyboardInterrupt()]:
             for read in (id, next):
                 with self.subTest(repr(error), read=read.__name__), stream("p") as chunks:
+                    text = str(error)
                     read(chunks)
                     with self.assertRaises(type(error)) as caught:
                         chunks.throw(error)
                     self.assertIs(error, caught.exception)
+                    self.assertEqual(text, str(error))
                     self.assertEqual([], list(chunks))
         with stream("p") as chunks, self.assertRaises(KeyError):
             chunks.throw(KeyError)
@@ -2897,6 +2899,21 @@ class DeadConnectionTests(TestCase):
                 self.ask(2, **options)
                 self.assertEqual((3, 2), (len(server.requests), server.connections))
 
+    def test_one_that_failed_counts_as_no_request_sent(self):
+        """A timeout of the connection in its place is retried, as only where nothing was sent."""
+        connect, late = friendli_lite._Connection._connect, [socket.timeout("timed out")]
+
+        def connect_late(connection, *address):
+            if late:
+                raise late.pop()
+            connect(connection, *address)
+
+        server = self.serve(ANSWER, fin)
+        self.ask()
+        call, _ = prepared(server.url, 1)
+        with mock.patch.object(friendli_lite._Connection, "_connect", connect_late):
+            self.assertEqual((TEXT, 3), (call.complete().text, call.attempts))
+
     def test_a_restart_is_not_noticed(self):
         with self.serve() as server:
             self.ask(2)
@@ -3195,6 +3212,28 @@ class ConnectTests(TestCase):
         with self.serve() as server:
             self.addresses(closed.url, closed.url, server.url)
             self.ask(server_url="http://friendli.invalid")
+
+    def test_the_handshake_has_the_time_that_connecting_left(self):
+        clock = mock.Mock(return_value=0.0)
+        connect = friendli_lite._Connection._connect
+
+        def connect_late(connection, *address):
+            connect(connection, *address)
+            clock.return_value += friendli_lite._MAX_CONNECT_SECONDS - 0.02
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.within(2))
+            patch = mock.patch.object(friendli_lite._Connection, "_connect", connect_late)
+            stack.enter_context(patch)
+            call, _ = prepared(listener(stack).replace("http", "https"), 0, clock=clock)
+            call.ssl_context = NO_CAS
+            error = outcome_of(call)
+        self.check_error(APITimeoutError, error, "cannot connect within 10 s")
+
+    def test_an_error_without_a_text_is_named_by_its_class(self):
+        with mock.patch.object(socket, "getaddrinfo", side_effect=OSError):
+            error = self.failure(APIConnectionError)
+        self.check_error(APIConnectionError, error, "cannot connect: OSError; is the server up?")
 
     def test_each_address_has_a_share_of_the_time_that_is_left(self):
         clock = mock.Mock(return_value=0.0)
@@ -4248,6 +4287,8 @@ class HintTests(TestCase):
             with self.subTest(status):
                 self.serve(json_answer({}, status, Location="http://a"))
                 self.check_error(APIStatusError, self.failure(APIStatusError), hint)
+        self.serve(json_answer({}, 304))
+        self.assertTrue(str(self.failure(APIStatusError)).endswith(" responded with 304 Reason"))
 
 
 # Error texts: secrets
@@ -4339,6 +4380,23 @@ class SecretTests(TestCase):
         for before in (65500, 65526, 65536, 65560):
             with self.case(before), self.serve(page(b"x" * before + TOKEN.encode() + b"x" * 99)):
                 self.assertNotIn("f", raised(complete).body)
+
+    def test_an_end_that_looks_like_the_start_of_a_secret_is_kept_where_nothing_is_cut(self):
+        body = b"it ends like " + TOKEN[:5].encode()
+        for is_page, is_complete, is_kept in [
+            (True, True, True), (False, False, True), (False, True, True), (True, False, False),
+        ]:  # fmt: skip
+            response = FakeResponse()
+            response.secrets, response.is_complete = secrets(TOKEN), is_complete
+            with self.subTest(is_page=is_page, is_complete=is_complete):
+                excerpt = friendli_lite._excerpt(response, body, is_page)
+                self.assertEqual(is_kept, excerpt == body.decode())
+
+    def test_no_part_of_a_secret_stands_at_the_end_of_half_a_line(self):
+        for start in (b"X-", b"HTTP/1.1 200 OK\r\n: "):
+            self.serve(start + TOKEN[:-1].encode() + (b"" if start == b"X-" else b"\r\n"))
+            error = self.failure(APIResponseError)
+            self.assertNotIn(TOKEN[:5], shown(error))
 
     def test_no_part_of_a_secret_stands_where_a_message_is_cut(self):
         for before in (450, 476, 477, 490, 499, 500):
@@ -4617,6 +4675,8 @@ class LogTests(TestCase):
         with self.serve(json_answer({}, 503)), retried as logs:
             self.ask(1, retries=AT_ONCE)
         self.assertEqual([logging.INFO], [record.levelno for record in logs.records])
+        error = logs.records[0].args[0]  # which a handler may keep, and with it its frames
+        self.assertEqual((APIStatusError, None), (type(error), error.__traceback__))
         self.server = self.serve()
         with self.case("no time"):
             self.assertIs(APITimeoutError, type(raised(complete, total_timeout=0)))
