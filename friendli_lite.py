@@ -86,7 +86,7 @@ _RECEIVE_SIZE = 64 * 1024  # bytes received at once
 _SEND_SIZE = 16 * 1024  # bytes sent at once: one TLS record, so that progress shows on a slow line
 _MAX_HEAD_BYTES = 32 * 1024  # of headers, interim ones included, or of trailers; as nginx
 _MAX_HEADERS = 100  # the limit of http.client and Apache
-_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or of lines without an event, which has about 200
+_MAX_EVENT_BYTES = 16 * 1024**2  # of a line, or of lines without an event; most have about 200
 _MAX_COMPLETION_BYTES = 32 * 1024**2  # 100,000 tokens with 5 logprobs each take about 20 MB
 _MAX_ERROR_BODY_BYTES = 64 * 1024  # of an error page; people read only the first screen
 _MAX_QUOTED_CHARACTERS = 500  # of a server's text within a message
@@ -662,6 +662,7 @@ def _check_fields(body: Mapping[str, Any]) -> None:
 
 _HOST = r"(?:\[[\da-f:.]+\]|(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?)"
 _PORT = r"(?!6553[6-9]|655[4-9]\d|65[6-9]\d\d|6[6-9]\d{3}|[7-9]\d{4})[1-9]\d{0,4}"  # to 65535
+# A path may hold printable ASCII but #, ? and \
 _SERVER_URL = re.compile(
     rf"(https?)://({_HOST}(?::{_PORT})?):?"
     r"((?:/+[!\"$-.0->@-\[\]-~]+)*?)(?:/+v1(?:/+completions)?)?/*",
@@ -1045,14 +1046,10 @@ _opener.add_handler(_KeepAliveHandler())
 class _Proxy:
     address: str  # host:port
     headers: dict[str, str] = field(repr=False)  # its Proxy-Authorization
-    source: str  # the variable that names it
+    source: str  # what names it: a variable, or the system's settings
 
 
-_PROXY_URL = (
-    rf"(?ia)(?:http://)?(?:([^:@/\s]*)(?::([^@/\s]*))?@)?({_HOST}(?::{_PORT})?)/?"
-)
-
-
+_PROXY_URL = rf"(?ia)(?:http://)?(?:([^:@/\s]*)(?::([^@/\s]*))?@)?({_HOST}(?::{_PORT})?)/?"
 _PROXY_VARIABLES = {
     "http": (("http_proxy", "HTTP_PROXY"), ("all_proxy", "ALL_PROXY")),
     "https": (("https_proxy", "HTTPS_PROXY"), ("all_proxy", "ALL_PROXY")),
@@ -1094,13 +1091,17 @@ def _parse_proxy(match: re.Match[str] | None, source: str) -> _Proxy:
 @functools.lru_cache(maxsize=64)  # a look-up takes milliseconds, so each is made once
 def _system_proxy(scheme: str, host: str) -> _Proxy | None:
     """Return the proxy that the settings of macOS or Windows name."""
-    # Elsewhere dict() names no proxy.
+    # Other systems have no settings: dict() is empty. A value may hold a password, as above.
     on_windows: Any = getattr(urllib.request, "getproxies_registry", dict)
     settings = getattr(urllib.request, "getproxies_macosx_sysconf", on_windows)
     if scheme not in settings() or urllib.request.proxy_bypass(host):
         return None
     match = re.fullmatch(_PROXY_URL, settings()[scheme])
     return _parse_proxy(match, "the system's proxy settings")
+
+
+# [address] or host, with a port or without; or else an IPv6 address or a range
+_NO_PROXY_ENTRY = r"(?:\[([^\]\s,]+)\]|([^:\s,]+))(?::(\d+))?(?![^\s,])|([^\s,]+)"
 
 
 def _is_excluded(scheme: str, host: str) -> bool:
@@ -1112,10 +1113,6 @@ def _is_excluded(scheme: str, host: str) -> bool:
         port in ("", str(server_port)) and _matches_host(bracketed or plain or other, name)
         for bracketed, plain, port, other in re.findall(_NO_PROXY_ENTRY, entries)
     )
-
-
-# [address] or host, with a port or without; or else an IPv6 address or a range
-_NO_PROXY_ENTRY = r"(?:\[([^\]\s,]+)\]|([^:\s,]+))(?::(\d+))?(?![^\s,])|([^\s,]+)"
 
 
 def _matches_host(pattern: str, host: str) -> bool:
@@ -1179,7 +1176,8 @@ class _Connection:
                 share = min(seconds / (len(addresses) + 1), _MAX_ADDRESS_SECONDS)
                 self._sock.settimeout(share if addresses else seconds)
                 self._sock.connect(address)
-                return _set_socket_options(self._sock)
+                _set_socket_options(self._sock)
+                return
             except OSError as error:
                 self.close()
                 if not addresses or self._is_foreign(error):
@@ -1574,12 +1572,12 @@ def _excerpt(response: _Response, body: bytes | bytearray, is_page: bool) -> str
     return response.secrets.redact(text, is_cut)
 
 
+_COMPRESSIONS = ("br", "compress", "deflate", "gzip", "zstd")
+
+
 def _compression(response: _Response) -> str:
     codings = re.findall(r"\w+", response.headers.get("content-encoding", "").lower())
     return ", ".join(name for name in codings if name in _COMPRESSIONS)
-
-
-_COMPRESSIONS = ("br", "compress", "deflate", "gzip", "zstd")
 
 
 def _decode_page(page: bytes | bytearray, headers: Mapping[str, str]) -> str:
@@ -1596,10 +1594,10 @@ def _decode_page(page: bytes | bytearray, headers: Mapping[str, str]) -> str:
 
 # Keys, in lower case, of messages; and of codes, which are shown if there is no message
 _MESSAGE_KEYS = (
-    *("title", "error", "errors", "fault", "detail", "details", "message", "msg", "reason"),
-    *("description", "errormessage", "error_message", "error_description", "faultstring"),
+    "title", "error", "errors", "fault", "detail", "details", "message", "msg", "reason",
+    "description", "errormessage", "error_message", "error_description", "faultstring",
 )
-_CODE_KEYS = ["error", "errors", "fault", "code", "type"]
+_CODE_KEYS = ("error", "errors", "fault", "code", "type")
 _MARKUP = (  # a pattern, compiled only where there is a page
     r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!?][^<>]*>|&#\w{9,};?"
 )
@@ -1958,16 +1956,17 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
     except (ValueError, RecursionError):
         is_list = CompletionRequest.__annotations__.get(name, "").startswith("Sequence[str]")
         example = f"{name}={json.dumps([value] if is_list else value)}"
-        hint = (
-            "" if value[:1] in ("", "[", "{", '"') else f"; a text needs quotes: --set '{example}'"
-        )
+        was_meant_as_json = value[:1] in ("", "[", "{", '"')
+        hint = "" if was_meant_as_json else f"; a text needs quotes: --set '{example}'"
         raise ValueError(f"--set takes NAME=JSON, not {setting!r}{hint}") from None
 
 
 def _read_stdin() -> str:
     """Return stdin, as UTF-8 whatever the locale, without its BOM and one final line end."""
-    stdin = getattr(sys.stdin, "buffer", None)
-    text = stdin.read().decode("utf-8-sig") if stdin else sys.stdin.read() if sys.stdin else ""
+    if sys.stdin is None:  # it is closed
+        return ""
+    buffer = getattr(sys.stdin, "buffer", None)
+    text = buffer.read().decode("utf-8-sig") if buffer else sys.stdin.read()
     return re.sub(r"\r?\n\Z", "", text)
 
 

@@ -3577,7 +3577,7 @@ class ProxyTests(TestCase):
         cases = [
             (APIStatusError, close, "403 Reason: no"),
             (APIStatusError, json_answer({"error": "no gateway"}, 502), "502 Reason: no gateway"),
-            (APIStatusError, json_answer({}, 300), "300 Reason"),
+            (APIStatusError, json_answer({"error": "no"}, 300), "300 Reason: no"),
             (APIStatusError, head(302, Location="http://login.invalid"), "302 Reason"),
             (APIConnectionError, b"", "no response"),
             (APIResponseError, b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
@@ -4283,7 +4283,7 @@ class HintTests(TestCase):
         self.assertTrue(str(error).endswith(long[:500] + "..."))
 
     def test_a_location_is_a_hint_of_a_redirect_alone(self):
-        for status, hint in ((302, "leads to http://a"), (429, "fewer requests at a time")):
+        for status, hint in ((300, "leads to http://a"), (429, "fewer requests at a time")):
             with self.subTest(status):
                 self.serve(json_answer({}, status, Location="http://a"))
                 self.check_error(APIStatusError, self.failure(APIStatusError), hint)
