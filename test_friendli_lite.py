@@ -82,6 +82,7 @@ TEXT = " This is a test!"  # what the stand-in completes
 JSON, EVENTS = "application/json", "text/event-stream"
 MEDIA_TYPES = {complete: JSON, stream: EVENTS}
 CLOSE = "close"  # what a scripted answer returns to have its connection closed
+WORKERS = ThreadPoolExecutor(999)  # of all servers: to start a thread for each would take longer
 
 
 # The stand-in container
@@ -104,7 +105,7 @@ class StandInContainer:
         self._tls = tls
         self._lock = threading.Lock()
         self._sockets = set()
-        self._threads = []
+        self._running = []
         self.requests = []
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", port))
@@ -123,13 +124,13 @@ class StandInContainer:
         self.close()
 
     def close(self):
-        """Close all connections, and wait for the threads."""
+        """Close all connections, and wait for what serves them; raise what went wrong there."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.drop_connections()
-        for thread in self._threads:
-            thread.join(10)
+        for future in self._running:
+            future.result(10)
 
     def drop_connections(self):
         """Close what is open, as a restart does."""
@@ -140,9 +141,7 @@ class StandInContainer:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _start(self, target, *args):
-        thread = threading.Thread(target=target, args=args, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._running.append(WORKERS.submit(target, *args))
 
     def _accept(self):
         with contextlib.suppress(OSError):  # closed
@@ -380,11 +379,13 @@ def then_close(data):
     return answer
 
 
-def hang(data=b""):
-    """An answer that stops after some bytes, until the client leaves."""
+def hang(data=b"", sent=None):
+    """An answer that stops after some bytes, sets an event if there is one, and does no more."""
 
     def answer(sock):
         sock.sendall(data)
+        if sent:
+            sent.set()
         sock.recv(1)
         return CLOSE
 
@@ -583,7 +584,15 @@ def raised(call, **options):
 
 
 def setUpModule():
-    """Have the garbage collector, which some tests start, pass over what is there by now."""
+    """Leave little in the environment, and have the garbage collector skip what is there by now."""
+    unittest.addModuleCleanup(os.environ.update, dict(os.environ))
+    for name in list(os.environ):
+        if not name.startswith(("PATH", "PYTHON", "SYSTEMROOT", "TEMP", "TMP")):
+            del os.environ[name]
+    freeze()
+
+
+def freeze():
     if hasattr(gc, "freeze"):
         gc.collect()
         gc.freeze()
@@ -601,12 +610,9 @@ class TestCase(unittest.TestCase):
     """
 
     def setUp(self):
-        self.addCleanup(os.environ.update, dict(os.environ))
-        self.addCleanup(os.environ.clear)
-        for name in list(os.environ):
-            if not name.startswith(("PATH", "PYTHON", "SYSTEMROOT", "TEMP", "TMP")):
-                del os.environ[name]
-        os.environ["FRIENDLI_TOKEN"] = TOKEN
+        environment = mock.patch.dict(os.environ, FRIENDLI_TOKEN=TOKEN)
+        environment.start()
+        self.addCleanup(environment.stop)
         self.addCleanup(friendli_lite._pool.close)
         recorder = warnings.catch_warnings(record=True)
         warned = recorder.__enter__()
@@ -1196,9 +1202,7 @@ def leave_block(chunks):
 
 def next_in_thread(chunks):
     """Have another thread wait for a chunk; return what to call for its outcome."""
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(next, chunks)
-    executor.shutdown(wait=False)
+    future = WORKERS.submit(next, chunks)
     while not chunks._chunks.gi_running:
         time.sleep(0.001)
     return lambda: future.exception(5) or future.result()
@@ -3346,25 +3350,28 @@ class TimeoutTests(TestCase):
         """Cases in which no byte comes, in every phase, by either limit."""
         cut = "the response was cut short: "
         answers = [
-            ("no word", complete, "no response: ", hang()),
-            ("half a head", complete, cut, hang(b"HTTP/1.1 200 OK\r\nContent-")),
-            ("an interim head", complete, cut, hang(head(103))),
-            ("a head", complete, cut, hang(JSON_HEAD)),
-            ("half a body", complete, cut, hang(JSON_HEAD + b"{")),
-            ("the head of a stream", stream, cut, hang(STREAM_HEAD)),
-            ("an event", stream, cut, hang(ONE_EVENT)),
-            ("half a chunk", stream, cut, hang(STREAM_HEAD + b"ff\r\ndata: ")),
-            ("half a chunk size", stream, cut, hang(STREAM_HEAD + b"f")),
+            ("no word", complete, "no response: ", b""),
+            ("half a head", complete, cut, b"HTTP/1.1 200 OK\r\nContent-"),
+            ("an interim head", complete, cut, head(103)),
+            ("a head", complete, cut, JSON_HEAD),
+            ("half a body", complete, cut, JSON_HEAD + b"{"),
+            ("the head of a stream", stream, cut, STREAM_HEAD),
+            ("an event", stream, cut, ONE_EVENT),
+            ("half a chunk", stream, cut, STREAM_HEAD + b"ff\r\ndata: "),
+            ("half a chunk size", stream, cut, STREAM_HEAD + b"f"),
         ]
         quiet, full = listener(stack), listener(stack, backlog=0)
         https = quiet.replace("http", "https")
         for limits, received, connected in [
-            ({"timeout": 0.07}, "no data received for timeout=0.07 s", r"0\.07 s \(timeout\)"),
-            ({"total_timeout": 0.07}, "", r"0\.\d+ s \(total_timeout\)"),
+            ({"timeout": 0.04}, "no data received for timeout=0.04 s", r"0\.04 s \(timeout\)"),
+            ({"total_timeout": 0.04}, "", r"0\.\d+ s \(total_timeout\)"),
         ]:
-            for name, call, what, answer in answers:
+            for name, call, what, data in answers:
                 words = received and what + received
-                yield name, self.serve(answer).url, call, words, limits
+                sent = threading.Event()
+                server = self.serve(hang(data, sent))
+                self.sent[urlsplit(server.url).netloc] = sent
+                yield name, server.url, call, words, limits
             connected = "cannot connect within " + connected
             options = {**limits, "ssl_context": NO_CAS}
             yield "a handshake", https, complete, connected, options
@@ -3372,7 +3379,7 @@ class TimeoutTests(TestCase):
             words = received and f"not be sent: {received.replace('received', 'accepted')}"
             options = {**limits, "prompt": "x" * 3_000_000}
             yield "an upload", quiet, complete, words, options
-        limits = {"timeout": 0.03, "total_timeout": 0.08}
+        limits = {"timeout": 0.02, "total_timeout": 0.05}
         limits["retries"] = RetryConfig(9, initial_delay=0, retry_timeouts=True)
         yield "retries", quiet, stream, "", limits
 
@@ -3389,7 +3396,7 @@ class TimeoutTests(TestCase):
             ("comments", stream, STREAM_HEAD, chunked(b": ping\n\n")[:-5]),
             ("events", stream, STREAM_HEAD, A_CHUNK),
         ]
-        limits = {"timeout": 0.08, "total_timeout": 0.11}
+        limits = {"timeout": 5, "total_timeout": 0.05}
         for name, call, start, more in cases:
             yield name, self.serve(trickle(start, more)).url, call, "", limits
         if shutil.which("openssl"):
@@ -3398,7 +3405,17 @@ class TimeoutTests(TestCase):
             yield "over TLS", server.url, complete, "", options
 
     def test_a_call_waits_no_longer_than_it_was_told_in_any_phase(self):
-        """All at once; each must take as long as its limit says."""
+        """All at once; each must take as long as its limit says.
+
+        A server may be late on a busy machine, so no reading begins before it has fallen silent.
+        """
+        self.sent, receive = {}, friendli_lite._Connection.receive
+
+        def receive_when_sent(connection, may_end=False):
+            _, host, *_ = connection.route
+            if host in self.sent:
+                self.sent[host].wait(10)
+            return receive(connection, may_end)
 
         def run(name, url, call, words, options):
             start = time.monotonic()
@@ -3407,15 +3424,16 @@ class TimeoutTests(TestCase):
 
         with contextlib.ExitStack() as stack:
             cases = [*self.silences(stack), *self.trickles()]
-            threads = stack.enter_context(ThreadPoolExecutor(len(cases)))
-            futures = [threads.submit(run, *case) for case in cases]
+            reading = mock.patch.object(friendli_lite._Connection, "receive", receive_when_sent)
+            stack.enter_context(reading)
+            futures = [WORKERS.submit(run, *case) for case in cases]
             for (name, _, _, words, options), future in zip(cases, futures):
                 limit = options.get("total_timeout") or options["timeout"]
                 with self.subTest(name, limit=limit):
                     elapsed, error = future.result()
                     self.check_error(APITimeoutError, error)
                     self.assertTrue(re.search(words, str(error)), error)
-                    self.assertTrue(limit - 0.02 < elapsed < limit + 0.3, f"{elapsed} s: {error}")
+                    self.assertTrue(limit - 0.005 < elapsed < limit + 2, f"{elapsed} s: {error}")
 
     def test_no_limit_is_no_limit(self):
         with self.serve():
@@ -4530,7 +4548,7 @@ class LeftoverTests(TestCase):
 
     @classmethod
     def setUpClass(cls):
-        setUpModule()  # again, for what other tests have left in caches
+        freeze()  # again, for what other tests have left in caches
 
     def failing(self, name, times=1):
         """Start the server of a case; return a function that makes the call that often."""
@@ -4611,7 +4629,7 @@ class LeftoverTests(TestCase):
             friendli_lite._pool.close()
             self.server.close()
             self.server.requests.clear()
-            self.server._threads.clear()
+            self.server._running.clear()
             self.log.truncate(self.log.seek(0))
             gc.collect()
             return tracemalloc.get_traced_memory()[0] / len(kept)
@@ -5115,7 +5133,7 @@ class PayloadTests(TestCase):
 # From bytes to dataclasses: any bytes
 
 
-MUTANTS = int(os.environ.get("FRIENDLI_LITE_FUZZ", 500))  # setUp() clears the environment
+MUTANTS = int(os.environ.get("FRIENDLI_LITE_FUZZ", 300))  # setUp() clears the environment
 SCRAPS = [
     *b'\0 \xff \xef\xbb\xbf \xe2\x80\xa8 : " \\ { } [ ] , null NaN - 1e999 "\\ud800" [DONE]'.split(
         b" "
@@ -5415,27 +5433,35 @@ class CommandLineTests(TestCase):
 class StandInTests(TestCase):
     """The stand-in container as a program, and what it refuses."""
 
-    def test_the_demo_and_the_server_run_as_the_help_says(self):
-        # Else the child ignores it
+    def run_this_file(self, *arguments):
+        """Run it as a program in this process."""
+        with mock.patch.object(sys, "argv", ["test_friendli_lite.py", *arguments]):
+            runpy.run_module("test_friendli_lite", run_name="__main__", alter_sys=True)
+
+    def test_the_demo_runs_as_the_help_says(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.run_this_file("--demo", "Say this is a test!")
+        self.assertEqual(TEXT + "\n", printed.getvalue())
+
+    @unittest.skipUnless(hasattr(signal, "pthread_kill"), "this system has no signals")
+    def test_the_server_runs_until_ctrl_c_as_the_help_says(self):
+        def ask_and_interrupt():
+            while "\n" not in printed.getvalue():
+                time.sleep(0.001)
+            try:
+                self.ask(server_url=re.search(r"http:\S+\d", printed.getvalue())[0])
+            finally:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        # It is ignored under nohup
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.addCleanup(signal.signal, signal.SIGINT, handler)
-        command = [sys.executable, "-m", "test_friendli_lite", "--serve", "0"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, cwd=HERE, **pipes, text=True) as server:
-            self.addCleanup(server.kill)
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                main(["--demo", "Say this is a test!"])
-            self.assertEqual(TEXT + "\n", printed.getvalue())
-            line = server.stdout.readline()
-            form = (
-                r"A stand-in container answers at (http://127\.0\.0\.1:\d+); Ctrl-C ends it\.\n\Z"
-            )
-            self.assertRegex(line, form)
-            self.ask(server_url=re.match(form, line)[1])
-            friendli_lite._pool.close()
-            time.sleep(0.02)  # for the line that it printed to be done with
-            server.send_signal(signal.SIGINT)
-            self.assertEqual(("", 0), (server.stdout.read(), server.wait(60)))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            asking = WORKERS.submit(ask_and_interrupt)
+            self.run_this_file("--serve", "0")
+        asking.result(10)
+        line = r"A stand-in container answers at http://127\.0\.0\.1:\d+; Ctrl-C ends it\.\n\Z"
+        self.assertRegex(printed.getvalue(), line)
 
     @unittest.skipIf(__doc__ is None, "there are no docstrings")
     def test_the_help_of_this_file_tells_of_both(self):
@@ -6087,15 +6113,15 @@ class LambdaTests(ReadmeTestCase):
             names = bundle.namelist()  # two sources, and a folder with two more
             self.assertEqual(5, len(names), names)
             bundle.extractall(task)
-        for name in ("lambda_function.py", "friendli_lite.py"):
-            os.utime(os.path.join(task, name), (1, 1))  # nor does Lambda keep the times
-        # Compiled files that are used although the times of the sources differ
-        program = "import lambda_function, friendli_lite; print(friendli_lite.__file__)"
-        ran = self.run_python("-v", "-c", program, cwd=task, PYTHONDONTWRITEBYTECODE="1")
-        self.assertIn(os.path.join(task, "friendli_lite.py"), ran.stdout)
-        for name in ("lambda_function", "friendli_lite"):
-            compiled = re.escape(os.path.join("__pycache__", name))
-            self.assertRegex(ran.stderr, rf"# code object from '?\S*{compiled}\.")
+        names = ("lambda_function.py", "friendli_lite.py")
+        sources = [os.path.join(task, name) for name in names]
+        for source in sources:  # the times differ, and whoever compiles again gets an error
+            with open(source, "w") as file:
+                file.write("raise AssertionError('this was compiled')")
+        with mock.patch.dict(sys.modules), mock.patch.object(sys, "path", [task, *sys.path]):
+            del sys.modules["friendli_lite"]
+            module = importlib.import_module("lambda_function")
+        self.assertEqual(sources, [module.__file__, module.friendli_lite.__file__])
 
     @unittest.skipUnless(has_module("awslambdaric"), "AWS's runtime client is not installed")
     def test_both_handlers_work_under_the_runtime_client_of_aws(self):
@@ -6255,7 +6281,8 @@ def serve(port="8000"):
         sys.exit(f"cannot serve on port {port}: {error}")
     with container, contextlib.suppress(KeyboardInterrupt):
         print(f"A stand-in container answers at {container.url}; Ctrl-C ends it.", flush=True)
-        threading.Event().wait()
+        while True:
+            time.sleep(1)
 
 
 def main(arguments):
