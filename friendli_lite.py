@@ -980,9 +980,11 @@ class _Secrets:
         text = text.replace("\u0130", "I")  # the one character whose lower case is two
         lowered = text.lower()
         for value in self._values:
-            while (start := lowered.find(value)) >= 0:
-                text = f"{text[:start]}***{text[start + len(value) :]}"
-                lowered = f"{lowered[:start]}***{lowered[start + len(value) :]}"
+            kept, position = [], 0
+            for piece in lowered.split(value):
+                kept.append(text[position : position + len(piece)])
+                position += len(piece) + len(value)
+            text, lowered = "***".join(kept), lowered.replace(value, "***")
         parts = (value[:length] for value in self._values for length in range(len(value)))
         cut = max((len(part) for part in parts if is_cut and lowered.endswith(part)), default=0)
         return text[: len(text) - cut]
