@@ -466,7 +466,7 @@ def complete(
     except FriendliError as error:
         raise _without_frames(error)
     finally:
-        del token, headers  # error trackers record the local variables of a traceback
+        del server_url, token, headers  # error trackers record a traceback's local variables
 
 
 def stream(
@@ -496,7 +496,7 @@ def stream(
     except FriendliError as error:
         raise _without_frames(error)
     finally:
-        del token, headers
+        del server_url, token, headers
 
 
 class CompletionStream(_ChunkGenerator):
@@ -588,7 +588,7 @@ def _prepare(
     except (TypeError, ValueError, RecursionError) as error:
         raise _without_frames(error)
     finally:
-        del token, headers
+        del server_url, token, headers
 
 
 def _build_body(request: object, fields: Mapping[str, Any], is_stream: bool) -> bytes:
@@ -1394,11 +1394,12 @@ class _Response:
         self._is_close_delimited = has_body and coding is None and length is None
         self._remaining = sys.maxsize if self._is_close_delimited else 0  # of the body or the chunk
         if has_body and coding is not None:
-            self._match(rb"(?i)chunked", coding.encode(), "an unknown transfer-encoding")
+            self._match(rb"(?i)chunked", coding.encode("latin-1"), "an unknown transfer-encoding")
             self._buffer, self._position = b"\r\n" + self._unread(), 0  # as after a chunk
         elif has_body and length is not None:
             same = rb"(\d{1,99})(?:[ \t]*,[ \t]*\1)*"  # "60, 60" is 60
-            self._remaining = int(self._match(same, length.encode(), "an invalid length")[1])
+            match = self._match(same, length.encode("latin-1"), "an invalid length")
+            self._remaining = int(match[1])
         self._is_persistent = (
             "close" not in options
             and (self._version != b"0" or "keep-alive" in options)
