@@ -985,9 +985,11 @@ class _Secrets:
                 kept.append(text[position : position + len(piece)])
                 position += len(piece) + len(value)
             text, lowered = "***".join(kept), lowered.replace(value, "***")
-        parts = (value[:length] for value in self._values for length in range(len(value)))
-        cut = max((len(part) for part in parts if is_cut and lowered.endswith(part)), default=0)
-        return text[: len(text) - cut]
+        if not is_cut:
+            return text
+        starts = (value[:length] for value in self._values for length in range(len(value)))
+        dropped = max((len(start) for start in starts if lowered.endswith(start)), default=0)
+        return text[: len(text) - dropped]
 
 
 class _Request(urllib.request.Request):

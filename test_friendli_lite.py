@@ -82,7 +82,7 @@ TEXT = " This is a test!"  # what the stand-in completes
 JSON, EVENTS = "application/json", "text/event-stream"
 MEDIA_TYPES = {complete: JSON, stream: EVENTS}
 CLOSE = "close"  # what a scripted answer returns to have its connection closed
-WORKERS = ThreadPoolExecutor(999)  # of all servers: to start a thread for each would take longer
+WORKERS = ThreadPoolExecutor(999)  # for servers, and for calls at the same time; reused for speed
 
 
 # The stand-in container
@@ -169,8 +169,13 @@ class StandInContainer:
                 with self._lock:
                     self.requests.append(received)
                     answer = self._script.pop(0) if self._script else container_answer(received)
-                if answer(sock) == CLOSE if callable(answer) else sock.sendall(answer):
+                if play(answer, sock) == CLOSE:
                     return
+
+
+def play(answer, sock):
+    """Send an answer of bytes, or call one that is a function; return its result."""
+    return answer(sock) if callable(answer) else sock.sendall(answer)
 
 
 class Received:
@@ -201,7 +206,7 @@ class Received:
 
 
 def container_answer(received):
-    """Answer as wire.md of the project's design shows: a completion or a stream, 404 or 422."""
+    """Answer as a Friendli Container does: a completion or a stream, 404 or 422."""
     if received.path.partition("?")[0].rpartition("/v1/")[2] != "completions":
         return json_answer({"detail": "Not Found"}, 404)
     try:
@@ -288,11 +293,10 @@ def chunk(choices, **fields):
     return {**start, **fields, "created": 1733382157}
 
 
-def text_chunk(text, index=0, reason=None, logs=None, **token):
-    """The payload of an event with a text."""
-    token = token or {"token": 7}
+def text_chunk(text, index=0, reason=None, logs=None, token=7):
+    """The payload of an event with a text; the end of a choice has no token."""
     choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": logs}
-    return chunk([{**choice, **(token if reason is None else {})}])
+    return chunk([choice if reason else {**choice, "token": token}])
 
 
 def chunks(request):
@@ -300,7 +304,7 @@ def chunks(request):
     indexes = range(request.get("n") or 1)
     for token, text in enumerate(words(request)):
         logs = logprobs([text]) if request.get("logprobs") else None
-        yield from (text_chunk(text, index, None, logs, token=token) for index in indexes)
+        yield from (text_chunk(text, index, None, logs, token) for index in indexes)
     yield from (text_chunk("", index, finish_reason(request)) for index in indexes)
     if (request.get("stream_options") or {}).get("include_usage"):
         yield chunk([], usage=usage(request))
@@ -320,7 +324,7 @@ def page(body, status=400, content_type="text/plain", **headers):
 
 def json_answer(payload, status=200, **headers):
     """A whole answer with a JSON body."""
-    return page(json.dumps(payload).encode(), status, "application/json", **headers)
+    return page(json.dumps(payload).encode(), status, JSON, **headers)
 
 
 def sse(*payloads, done=True):
@@ -329,23 +333,28 @@ def sse(*payloads, done=True):
     return "".join([*events, "data: [DONE]\n\n" if done else ""]).encode()
 
 
+def one_chunk(piece):
+    """A piece of a body in chunked framing."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
 def chunked(*pieces):
     """Pieces of a body in chunked framing, to its end."""
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+    return b"".join(map(one_chunk, [*pieces, b""]))
 
 
 def event_stream(*payloads, done=True, framing="chunked"):
     """A whole answer with an event stream; framing="close" needs the end of the connection."""
-    return framed(sse(*payloads, done=done), framing, "text/event-stream")
+    return framed(sse(*payloads, done=done), framing, EVENTS)
 
 
-def framed(body, framing, content_type, status=200):
-    """A whole answer with a body in one of the three framings of HTTP/1.1."""
-    if framing == "chunked":
-        return head(status, Content_Type=content_type, Transfer_Encoding="chunked") + chunked(body)
+def framed(body, framing, content_type):
+    """A whole answer of status 200 with a body in one of the three framings of HTTP/1.1."""
     if framing == "length":
-        return head(status, Content_Type=content_type, Content_Length=len(body)) + body
-    return head(status, Content_Type=content_type, Connection="close") + body
+        return page(body, 200, content_type)
+    if framing == "chunked":
+        return head(Content_Type=content_type, Transfer_Encoding="chunked") + chunked(body)
+    return head(Content_Type=content_type, Connection="close") + body
 
 
 # Scripted answers: bytes, or functions of the connected socket
@@ -358,9 +367,10 @@ ONE = b'{"choices":[{"text":"a"}]}'  # the smallest completion, or chunk
 ANSWER = json_answer(completion({}))
 STREAM = event_stream(*chunks({}))
 CHUNKED_JSON_HEAD = head(Content_Type=JSON, Transfer_Encoding="chunked")
-A_CHUNK = chunked(sse(text_chunk("a"), done=False))[:-5]
+A_CHUNK = one_chunk(sse(text_chunk("a"), done=False))
 ONE_EVENT = STREAM_HEAD + A_CHUNK
 AT_ONCE = RetryConfig(initial_delay=0)
+SPENT = 0.06  # a timeout that must run out; what comes before it takes less, even on a busy machine
 RETRY = {"retries": RetryConfig(1, initial_delay=0)}
 
 
@@ -429,7 +439,7 @@ def rst(sock):
 
 
 class Later:
-    """An answer of some bytes and, when the test says `now()`, of another answer."""
+    """An answer of some bytes and, once the test calls `now()`, of another answer."""
 
     def __init__(self, data, answer):
         self._data, self._answer = data, answer
@@ -437,14 +447,15 @@ class Later:
 
     def __call__(self, sock):
         sock.sendall(self._data)
-        self._now.wait(5)
-        result = self._answer(sock) if callable(self._answer) else sock.sendall(self._answer)
+        if not self._now.wait(10):
+            raise AssertionError("the test did not call now()")
+        result = play(self._answer, sock)
         self._done.set()
         return result
 
     def now(self):
         self._now.set()
-        if not self._done.wait(5):
+        if not self._done.wait(10):
             raise AssertionError("the scripted answer did not end")
 
 
@@ -536,17 +547,17 @@ class FakeConnection:
 
 
 def outcome_of_pieces(call, pieces, error=None):
-    """Read a response from a fake connection; return its texts, its error or None, and this.
+    """Read a response from a fake connection; return its texts, its error or None, and that.
 
-    A connection that is open then was left to the pool.
+    The connection is open if it was left to the pool.
     """
+    connection = FakeConnection(pieces, error)
 
     def read():
         with contextlib.closing(friendli_lite._Response(connection)) as response:
             result = READERS[call](response)
             yield from [result] if call is complete else result
 
-    connection = FakeConnection(pieces, error)
     texts, error = texts_and_error(read)
     friendli_lite._pool._idle.pop(connection, None)
     return texts, error and error.with_traceback(None), connection
@@ -649,7 +660,7 @@ class TestCase(unittest.TestCase):
         return container
 
     def ask(self, times=1, call=complete, **options):
-        """Make calls that must succeed at the first try, with the text of the stand-in."""
+        """Make calls, without retries by default, that must give the text of the stand-in."""
         for _ in range(times):
             texts, error = outcome(call, **options)
             if error is not None:
@@ -663,7 +674,7 @@ class TestCase(unittest.TestCase):
         return error
 
     def check_error(self, kind, error, *words):
-        """Check an error's class, that it is one line and has these words, and that it is tight."""
+        """Check an error's class, that it is one line with these words, and that it hides TOKEN."""
         self.assertIs(kind, type(error))
         if isinstance(error, FriendliError):
             self.assertRegex(str(error), r"\APOST https?://\S+: .{1,1500}\Z")
@@ -687,7 +698,7 @@ class TestCase(unittest.TestCase):
     @contextlib.contextmanager
     def each(self, scheme, *script):
         """Run a case with a server of this scheme; yield it, and the options for calls of it."""
-        tls, options = shared_tls() if scheme == "https" else (None, {})
+        tls, options = tls_for(scheme)
         with self.case(scheme, *script), self.serve(*script, tls=tls) as server:
             yield server, options
 
@@ -782,6 +793,11 @@ def server_tls(name="server", client_ca=None):
     return context
 
 
+def tls_for(scheme):
+    """The context of a server of this scheme, and the options of a call that accepts it."""
+    return shared_tls() if scheme == "https" else (None, {})
+
+
 def client_tls():
     return ssl.create_default_context(cafile=certificates()("ca.pem"))
 
@@ -838,7 +854,7 @@ class Proxy(StandInContainer):
         with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=5)) as connection:
             connection.request(received.method, url.path, received.body, received.headers)
             response = connection.getresponse()
-            return framed(response.read(), "length", response.headers["Content-Type"])
+            return page(response.read(), response.status, response.headers["Content-Type"])
 
 
 def listener(stack, backlog=128):
@@ -852,7 +868,7 @@ def listener(stack, backlog=128):
 
 
 def exit_status(function):
-    """Call a function in a forked child; return the status of this: 0 if it returned."""
+    """Call a function in a forked child; return its wait status, 0 if the function returned."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # for the threads of the stand-in
         pid = os.fork()
@@ -893,11 +909,6 @@ def source():
 
 def readme():
     return text_of("README.md")
-
-
-@functools.lru_cache(maxsize=None)
-def syntax_tree():
-    return ast.parse(source())
 
 
 # Errors
@@ -1224,9 +1235,9 @@ class ClosedMeanwhileTests(TestCase):
                 if start == ONE_EVENT:
                     next(chunks)
                 waiting = WORKERS.submit(next, chunks)
-                while not chunks._chunks.gi_running:
+                while not (chunks._chunks.gi_running or waiting.done()):
                     time.sleep(0.001)
-                time.sleep(0.01)  # until it waits for the socket
+                time.sleep(0.01)  # by now it most likely waits for the socket
                 with mock.patch.object(ssl.SSLSocket, "shutdown") as shutdown:
                     chunks.close()
                     self.assertEqual(1, self.check_closed(Future.result, waiting))
@@ -1235,11 +1246,11 @@ class ClosedMeanwhileTests(TestCase):
                 self.assertEqual(1, len(server.requests))
 
     def test_before_a_retry_has_a_connection(self):
-        """It is closed when the retry is about to call this, also if a connection is idle."""
+        """The stream is closed just before the retry calls the function that a row names."""
         pool = friendli_lite._pool
         for owner, name, idle, attempts in [
             (None, "sleep", 0, [1]), (socket, "getaddrinfo", 0, [2]),
-            (pool, "acquire", 0, [2]), (pool, "acquire", 1, [2, 3]),
+            (pool, "acquire", 0, [2]), (pool, "acquire", 1, [2, 3]),  # 3 if it is replaced
         ]:  # fmt: skip
             with self.case(name, idle):
                 server, call, chunks = self.cut_stream()
@@ -1523,7 +1534,7 @@ class MistakeTests(TestCase):
 BUSY = json_answer({}, 503)
 
 
-class TimeoutsTests(TestCase):
+class TimeLeftTests(TestCase):
     def test_a_socket_has_the_shorter_limit_and_a_message_names_it(self):
         silent, spent = ": no data received for timeout=0.25 s", ": total_timeout=1 s was spent"
         for limits, now, remaining, seconds, later, message in [
@@ -1624,7 +1635,7 @@ class SendingTests(TestCase):
                 last = asked[len(waits)]
                 self.assertIn(f": slow down (Retry-After: {last})", str(error))
 
-    def test_the_budget_is_looked_at_after_parsing(self):
+    def test_total_timeout_is_checked_again_after_parsing(self):
         decode = friendli_lite._decode_json
 
         def decode_slowly(text):
@@ -1643,14 +1654,14 @@ class SendingTests(TestCase):
             full, silent = listener(stack, backlog=0), listener(stack)
             late = "no response: no data received for timeout="
             cases = [
-                (full, False, 2, "cannot connect within 0.02 s (timeout)"),
+                (full, False, 2, f"cannot connect within {SPENT} s (timeout)"),
                 (silent.replace("http", "https"), False, 2, "cannot connect within"),
                 (silent, False, 1, late), (silent, True, 2, late),
             ]  # fmt: skip
             futures = []
             for url, is_wanted, *_ in cases:
                 retries = RetryConfig(1, initial_delay=0, retry_timeouts=is_wanted)
-                options = {"retries": retries, "timeout": 0.02, "ssl_context": NO_CAS}
+                options = {"retries": retries, "timeout": SPENT, "ssl_context": NO_CAS}
                 futures.append(WORKERS.submit(raised, complete, server_url=url, **options))
             for (*_, attempts, message), future in zip(cases, futures):
                 with self.subTest(message, attempts=attempts):
@@ -1672,7 +1683,7 @@ class SendingTests(TestCase):
         self.check_error(APIConnectionError, error, server.url)
 
     @mock.patch.object(friendli_lite, "_MAX_CONNECT_SECONDS", 0.01)
-    def test_whether_a_request_was_sent_is_that_of_the_last_attempt(self):
+    def test_only_the_last_attempt_decides_whether_anything_was_sent(self):
         with contextlib.ExitStack() as stack:
             full = listener(stack, backlog=0)
             call, _ = prepared(self.serve(fin).url, retries=2)
@@ -1807,6 +1818,7 @@ class RetryAfterTests(TestCase):
                 self.assertEqual(0.0, self.asked("odd"))
                 parse.assert_called_once_with("odd")
 
+    @unittest.skipUnless(hasattr(time, "tzset"), "this system has no time.tzset()")
     def test_a_date_without_a_zone_is_utc(self):
         self.addCleanup(time.tzset)
         self.addCleanup(os.environ.pop, "TZ")
@@ -2056,7 +2068,7 @@ class ReuseTests(TestCase):
             ("stalled", hang(head(503, Content_Length=9) + b"x"), 2),
         ]:  # fmt: skip
             with self.case(name), self.serve(answer) as server:
-                self.failure(APIStatusError, timeout=0.02 if name == "stalled" else 5)
+                self.failure(APIStatusError, timeout=SPENT if name == "stalled" else 5)
                 self.ask()
                 self.assertEqual(connections, server.connections)
 
@@ -2069,12 +2081,12 @@ class ReuseTests(TestCase):
                     self.assertEqual((["a"], None, True), (texts, error, connection.is_open))
                     self.assertEqual(0.01, connection.timeouts.total_timeout)
 
-    def test_what_stays_away_or_trickles_behind_done_is_waited_for_for_10_ms(self):
+    def test_a_stalled_or_endless_rest_after_done_delays_no_call(self):
         by_length = framed(sse(text_chunk("a")), "length", EVENTS)
         in_chunks = event_stream(text_chunk("a"))
-        endless_end = endless(in_chunks[:-5], chunked(b"x" * 999)[:-5])
+        endless_end = endless(in_chunks[:-5], one_chunk(b"x" * 999))
         for answer in (hang(by_length[:-1]), hang(in_chunks[:-2]), endless_end):
-            with self.case(answer), self.serve(answer) as server, self.within(0.5):
+            with self.case(answer), self.serve(answer) as server, self.within(3):
                 self.assertEqual((["a"], None), outcome(stream))
                 self.ask()
                 self.assertEqual(2, server.connections)
@@ -2276,7 +2288,7 @@ class DeadConnectionTests(TestCase):
         for kind, answer, options in [
             (APIConnectionError, then_close(b"H"), {}),
             (APIConnectionError, then_close(JSON_HEAD), {}),
-            (APITimeoutError, hang(), {"timeout": 0.03}),
+            (APITimeoutError, hang(), {"timeout": SPENT}),
             (APIResponseError, hang(b"nonsense"), {"retries": 3}),
             (APIResponseError, hang(head(Content_Length="\xb2")), {"retries": 3}),
             (APIResponseError, hang(CHUNKED_JSON_HEAD + b"zz\r\n"), {"retries": 3}),
@@ -2297,7 +2309,7 @@ class ThreadsAndProcessesTests(TestCase):
             models = threads.map(lambda name: complete("x", model=name, retries=0).model, names)
             self.assertEqual(names, list(models))
             self.assertEqual(128, len(server.requests))
-            self.assertLessEqual(server.connections, 64)
+            self.assertLessEqual(server.connections, 64)  # two may reach for one idle connection
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no os.fork()")
     def test_a_forked_child_touches_no_connection_of_its_parent(self):
@@ -2392,7 +2404,7 @@ class SignalTests(TestCase):
                 self.assertLessEqual(server.connections, 1)  # nothing is sent again
         self.assertEqual(before, open_descriptors())
 
-    def test_so_it_does_in_the_handshake(self):
+    def test_so_does_what_it_raises_in_the_handshake(self):
         def interrupted_handshake(sock):
             signal.setitimer(signal.ITIMER_REAL, 0.002)
             handshake(sock)
@@ -2526,7 +2538,7 @@ class ConnectTests(TestCase):
             error = outcome_of(call)
         self.check_error(APITimeoutError, error, "cannot connect within 10 s")
 
-    def test_why_it_cannot_connect_is_said_and_tried_again_unless_local(self):
+    def test_a_failed_connection_says_why_and_is_retried_unless_local(self):
         with self.serve() as closed:
             pass
         unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -2558,7 +2570,7 @@ class ConnectTests(TestCase):
                 self.assertEqual(asked, [*lookup.call_args[0]])
 
 
-class TimeoutTests(TestCase):
+class WaitingTests(TestCase):
     SILENT = [  # the call, and what comes before the server falls silent
         (complete, b""), (complete, OK + b"Content-"), (complete, head(103)),
         (complete, JSON_HEAD), (complete, JSON_HEAD + b"{"), (stream, STREAM_HEAD),
@@ -2569,7 +2581,7 @@ class TimeoutTests(TestCase):
         (complete, head(103), head(103)), (complete, JSON_HEAD, b" "),
         (complete, CHUNKED_JSON_HEAD + chunked(ONE)[:-2] + b"X: ", b"y"),
         (stream, STREAM_HEAD, b"1\r\nd\r\n"), (stream, STREAM_HEAD, b"0"),
-        (stream, STREAM_HEAD, chunked(b": ping\n\n")[:-5]), (stream, STREAM_HEAD, A_CHUNK),
+        (stream, STREAM_HEAD, one_chunk(b": ping\n\n")), (stream, STREAM_HEAD, A_CHUNK),
     ]  # fmt: skip
 
     def cases(self, stack):
@@ -2594,7 +2606,8 @@ class TimeoutTests(TestCase):
             late = "the request could not be sent: no data accepted for timeout=0.04 s"
             yield complete, quiet, upload, "total_timeout" if has_total else late
         retries = RetryConfig(9, initial_delay=0, retry_timeouts=True)
-        yield stream, quiet, {"timeout": 0.02, "total_timeout": 0.05, "retries": retries}, ""
+        options = {"timeout": 0.02, "total_timeout": 0.05, "retries": retries}
+        yield stream, quiet, options, ""  # either limit may be the last
         limits = {"total_timeout": 0.05}
         for call, start, more in self.SLOW:
             yield call, self.serve(trickle(start, more)).url, limits, "total_timeout"
@@ -2668,14 +2681,14 @@ class UploadTests(TestCase):
             time.sleep(0.01)
 
         for scheme in ("http", "https"):
-            tls, options = shared_tls() if scheme == "https" else (None, {})
+            tls, options = tls_for(scheme)
             with self.case(scheme), RawServer(refuse, tls=tls) as server:
                 options = {"prompt": "x" * 2_000_000, "server_url": server.url, **options}
                 error = self.failure(APIStatusError, retries=3, **options)
                 self.assertEqual((413, "too large"), (error.status_code, error.message))
                 self.assertEqual((1, 1), (error.attempts, server.connections))
 
-    def test_so_it_is_whatever_sending_raises(self):
+    def test_an_early_response_is_read_whatever_sending_raises(self):
         """Python 3.10 to 3.12 raise SSLEOFError where others raise BrokenPipeError."""
         for error in (BrokenPipeError(), ConnectionResetError(), ssl.SSLEOFError()):
             sending = mock.patch.object(socket.socket, "send", side_effect=error)
@@ -2686,7 +2699,7 @@ class UploadTests(TestCase):
 
     @unittest.skipUnless(hasattr(socket, "TCP_NOTSENT_LOWAT"), "the buffer hides what was not sent")
     def test_a_slow_line_shows_progress_over_http_and_https(self):
-        """It takes 16 KiB in 0.028 s: a larger piece, or a buffer that hides it, takes too long.
+        """It takes 16 KiB in 0.028 s: larger pieces, or a buffer that hides them, are too slow.
 
         A busy machine may be slow to read as well, but hardly three times in a row.
         """
@@ -2703,7 +2716,7 @@ class UploadTests(TestCase):
                     break
 
         def upload(scheme):
-            tls, options = shared_tls() if scheme == "https" else (None, {})
+            tls, options = tls_for(scheme)
             options = {"prompt": "x" * size, "timeout": 0.11, **options}
             for _ in range(3):
                 with RawServer(read_slowly, tls=tls) as server:
@@ -2768,9 +2781,9 @@ class ProxyTests(TestCase):
     def test_a_proxy_that_refuses_or_fails_is_named(self):
         for scheme in ("http", "https"):
             options = {"server_url": f"{scheme}://friendli.invalid", "ssl_context": NO_CAS}
-            who, hint, late = " through the proxy", "", "no data received for timeout=0.02 s"
+            who, hint, late = " through the proxy", "", f"no data received for timeout={SPENT} s"
             if scheme == "https":
-                who, hint, late = ": the proxy", "; check HTTPS_PROXY", " within 0.02 s (timeout)"
+                who, hint, late = ": the proxy", "; check HTTPS_PROXY", f" {SPENT} s (timeout)"
             redirect = then_close(head(302, Location="http://login.invalid"))
             for kind, answer, *words in [
                 (APIStatusError, json_answer({"error": "a"}, 407), "with 407 Reason: a; check "),
@@ -2780,7 +2793,7 @@ class ProxyTests(TestCase):
                 (APITimeoutError, hang(), "no response through ", late),
                 (APIResponseError, then_close(b"SSH-2.0-OpenSSH\r\n"), "SSH-2.0-OpenSSH"),
             ]:
-                options["timeout"] = 0.02 if kind is APITimeoutError else 5
+                options["timeout"] = SPENT if kind is APITimeoutError else 5
                 if kind is APIStatusError:
                     words += [f"{who} 127.0.0.1", hint]
                 with self.case(scheme, kind, words), self.serve(answer) as proxy:
@@ -2788,16 +2801,21 @@ class ProxyTests(TestCase):
                     error = self.failure(kind, **options)
                     self.check_error(kind, error, f" the proxy 127.0.0.1:{proxy.port}", *words)
                     self.assertNotIn("wrong-secret", shown(error))
-            with self.case(scheme, "down"):
-                error = self.failure(APIConnectionError, **options)
-                what = f"cannot connect through the proxy 127.0.0.1:{proxy.port}: "
-                hint = f"refused; check {scheme.upper()}_PROXY"
-                self.check_error(APIConnectionError, error, what, hint)
+
+    def test_a_proxy_that_is_down_is_named(self):
+        with self.serve() as proxy:
+            self.through(proxy)
+        for scheme in ("http", "https"):
+            error = self.failure(APIConnectionError, server_url=f"{scheme}://friendli.invalid")
+            what = f"cannot connect through the proxy 127.0.0.1:{proxy.port}: "
+            hint = f"refused; check {scheme.upper()}_PROXY"
+            self.check_error(APIConnectionError, error, what, hint)
 
     def test_which_variable_names_the_proxy(self):
         a, b = "http://a:1", "http://b:2"
         for variables, *urls in [
             ({"HTTP_PROXY": a}, a, None), ({"HTTPS_PROXY": a}, None, a), ({"ALL_PROXY": a}, a, a),
+            ({"all_proxy": a, "ALL_PROXY": b}, a, a),
             ({"https_proxy": a, "HTTPS_PROXY": b}, None, a),
             ({"HTTP_PROXY": a, "ALL_PROXY": b}, a, b), ({"HTTPS_PROXY": a, "all_proxy": b}, b, a),
             ({"HTTP_PROXY": "", "ALL_PROXY": a}, a, a),
@@ -3140,16 +3158,16 @@ class MessageTests(TestCase):
         start = head(500, Content_Type="text/plain", Content_Length=99) + b"out of order"
         login = head(Content_Type="text/html", Transfer_Encoding="chunked") + b"6\r\nlog in\r\n"
         for kind, text, answer, options in [
-            (APIStatusError, "out of order", trickle(start, b"!"), {"total_timeout": 0.03}),
+            (APIStatusError, "out of order", trickle(start, b"!"), {"total_timeout": SPENT}),
             (APIStatusError, "out of order", then_close(start), {}),
             (APIResponseError, "log in", then_close(login + b"zz\r\n"), {}),
         ]:
-            with self.case(text, options), self.serve(answer), self.within(0.5):
+            with self.case(text, options), self.serve(answer), self.within(3):
                 error = raised(complete, **options)
                 self.check_error(kind, error, text)
                 self.assertEqual(text, error.body.rstrip("!"))
 
-    def test_no_message_ends_in_nothing(self):
+    def test_no_message_lacks_its_end(self):
         """Whatever the server left out."""
         end = b"\r\nContent-Length: 0\r\n\r\n"
         script = "<html><script>location='/login'</script></html>"
@@ -3170,7 +3188,7 @@ class MessageTests(TestCase):
 
     def test_odd_pages_of_64_kib_cost_no_time(self):
         for text in ("<!--", "<a ", "<script>", "</script ", "<", "&", "&#x", '{"error":'):
-            with self.subTest(text), self.within(0.3):
+            with self.subTest(text), self.within(1):
                 friendli_lite._error_message(text * (65536 // len(text)))
 
     def test_what_a_message_adds_to_some_statuses(self):
@@ -3270,8 +3288,8 @@ class SecretTests(TestCase):
                 answer = page(body, 400, f"text/plain; charset={encoding}")
                 with self.case(encoding, before), self.serve(answer):
                     text = raised(complete).body
-                    self.assertNotIn("f", text)
-                    self.assertTrue(65536 // unit - 50 < len(text) <= 65536, len(text))
+                    self.assertNotIn(TOKEN[0], text)
+                    self.assertTrue(65536 // unit - 50 < len(text) <= 65536 // unit, len(text))
 
     def test_what_may_be_the_start_of_a_secret_is_dropped_at_a_cut_alone(self):
         response = FakeResponse()
@@ -3323,7 +3341,7 @@ class SecretTests(TestCase):
     def test_a_page_full_of_a_secret_or_of_what_nearly_is_one_costs_no_time(self):
         redact = secrets("a" * 2000 + "b").redact
         for near in ("a" * 65536, ("a" * 1999 + "c") * 32, ("a" * 2000 + "c") * 32):
-            with self.within(0.25):
+            with self.within(1):
                 self.assertEqual(near, redact(near))
         with self.within(2):
             text = secrets("flp_1234").redact("flp_1234" * 100_000)
@@ -3375,7 +3393,7 @@ def garbage_of(action):
 
 
 class LeftoverTests(TestCase):
-    """Frames hold their callers: what makes a call here has no local variables that would count."""
+    """A traceback keeps its callers' frames, so those that make calls here have no large locals."""
 
     @classmethod
     def setUpClass(cls):
@@ -3513,11 +3531,12 @@ class LogTests(TestCase):
 
 
 class LimitTests(TestCase):
-    NAMES = ("EVENT", "COMPLETION", "ERROR_BODY", "HEAD")
-    LIMITS = {f"_MAX_{name}_BYTES": 16 * 1024 for name in NAMES}
-    low_limits = mock.patch.multiple(friendli_lite, **LIMITS)
+    low_limits = mock.patch.multiple(
+        friendli_lite, _MAX_EVENT_BYTES=16384, _MAX_COMPLETION_BYTES=16384,
+        _MAX_ERROR_BODY_BYTES=16384, _MAX_HEAD_BYTES=16384,
+    )  # fmt: skip
 
-    def test_the_limits_are_those_that_the_documentation_names(self):
+    def test_the_limits_are_16_and_32_mib(self):
         limits = friendli_lite._MAX_EVENT_BYTES, friendli_lite._MAX_COMPLETION_BYTES
         self.assertEqual((16 * 1024**2, 32 * 1024**2), limits)
 
@@ -3544,12 +3563,12 @@ class LimitTests(TestCase):
 
     @low_limits
     def test_an_endless_answer_ends_in_an_error_within_bounded_memory(self):
-        """Also if memory is not measured, as under PyPy, the error comes."""
+        """Where memory cannot be measured (PyPy), the error alone is checked."""
         self.serve()
         self.ask()  # what it imports is not counted
         for call, start, more, words in [
             (stream, EVENTS_START + b"data: ", b"a", "the stream has a line of over 16384 bytes"),
-            (stream, STREAM_HEAD, chunked(b"a" * 16)[:-5], "a line of over 16384 bytes"),
+            (stream, STREAM_HEAD, one_chunk(b"a" * 16), "a line of over 16384 bytes"),
             (stream, EVENTS_START, b": ping\n\n", "over 16384 bytes without an event"),
             (stream, EVENTS_START, b"data: a\n", "over 16384 bytes without an event"),
             (complete, JSON_START, b" ", "the response has over 16384 bytes"),
@@ -3566,7 +3585,7 @@ class LimitTests(TestCase):
                     tracemalloc.stop()
                 kind = APIStatusError if start == head(500) else APIResponseError
                 self.check_error(kind, error, words)
-                self.assertLess(len(error.body), 65536 * 3)
+                self.assertLessEqual(len(error.body), 16384)
 
     def test_the_work_is_linear_in_what_is_received(self):
         pieces = [b"data: ", *[b"a" * 64] * 40_000, b"\n\n", b"data: [DONE]"]
@@ -3773,7 +3792,7 @@ class PayloadTests(TestCase):
 # From bytes to dataclasses: any bytes
 
 
-MUTANTS = int(os.environ.get("FRIENDLI_LITE_FUZZ", 300))  # setUp() clears the environment
+MUTANTS = int(os.environ.get("FRIENDLI_LITE_FUZZ", 300))  # setUpModule() clears the environment
 SCRAPS = [
     *b'\0 \xff \xef\xbb\xbf \xe2\x80\xa8 : " \\ { } [ ] , null NaN - 1e999 "\\ud800"'.split(b" "),
     *b'[DONE] "error": "choices": "text": "usage": "delta":'.split(),
@@ -3954,7 +3973,7 @@ class CommandLineTests(TestCase):
             os.close(writer)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_a_full_disk_is_said(self):
+    def test_a_full_disk_is_reported(self):
         self.serve()
         for options in ("p", "--json p", "--no-stream p"):
             unwritten = contextlib.suppress(OSError)  # which close() tries to write once more
@@ -3992,7 +4011,7 @@ class StandInTests(TestCase):
         self.assertRegex(out.getvalue(), line)
 
     @unittest.skipIf(__doc__ is None, "there are no docstrings")
-    def test_the_help_of_this_file_tells_of_both(self):
+    def test_the_help_of_this_file_shows_the_demo_and_the_server(self):
         argv = mock.patch.object(sys, "argv", ["test_friendli_lite.py", "--help"])
         with argv, contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertRaises(SystemExit, main, ["--help"])
@@ -4042,7 +4061,7 @@ class HelpTests(TestCase):
         for name in friendli_lite.__all__:
             public = getattr(friendli_lite, name)
             with self.subTest(name):
-                # One that the dataclass decorator wrote is none
+                # What the dataclass decorator writes does not count
                 self.assertNotRegex(inspect.getdoc(public) or "", rf"\A({name}\(|\Z)")
                 for attribute, value in vars(public).items() if inspect.isclass(public) else ():
                     if callable(value) or isinstance(value, property):
@@ -4129,7 +4148,7 @@ class StrangersMachineTests(FolderTestCase):
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
     def test_it_imports_the_standard_library_only(self):
         kinds = (ast.Import, ast.ImportFrom)
-        imports = [node for node in ast.walk(syntax_tree()) if isinstance(node, kinds)]
+        imports = [node for node in ast.walk(ast.parse(source())) if isinstance(node, kinds)]
         modules = {re.split("[ .]", ast.unparse(node))[1] for node in imports}
         self.assertEqual(set(), modules - sys.stdlib_module_names)
         self.assertIn("socket", modules)
@@ -4160,8 +4179,7 @@ class StrangersMachineTests(FolderTestCase):
         with subprocess.Popen([sys.executable, friendli_lite.__file__], **pipes) as process:
             process.stdin.write("\ufeffé €\r\n".encode())
             process.stdin.close()
-            with self.within(4):  # after 5 s the rest would come by itself
-                self.assertEqual(b"a", process.stdout.read(1))
+            self.assertEqual(b"a", process.stdout.read(1))
             answer.now()
             printed = process.stdout.read().replace(b"\r", b"")
         self.assertEqual((0, b" caf\xe9 \\U0001f600 \\ud800\n"), (process.returncode, printed))
@@ -4438,8 +4456,8 @@ class RecipeTests(FolderTestCase):
         many = self.import_file("many")
         prompts = [f"prompt {number}" for number in range(40)]
         requests = [{"prompt": "p", "max_tokens": "5"}, *prompts]
-        server = self.serve()
-        echo = mock.patch(f"{words.__module__}.words", lambda request: [request["prompt"]])
+        self.serve()
+        echo = mock.patch(f"{__name__}.words", lambda request: [request["prompt"]])
         pool = mock.patch.object(many, "ThreadPoolExecutor", wraps=ThreadPoolExecutor)
         answers = {}
         with echo, pool as made_pool, contextlib.redirect_stderr(io.StringIO()) as progress:
@@ -4450,7 +4468,6 @@ class RecipeTests(FolderTestCase):
         texts = {number: answer.text for number, answer in answers.items()}
         self.assertEqual(dict(enumerate(prompts, 1)), texts)
         made_pool.assert_called_once_with(16)
-        self.assertLessEqual(server.connections, 16)
         self.assertIn("41 of 41\r", progress.getvalue())
 
     def test_an_interruption_keeps_the_answers_and_a_second_run_asks_the_rest(self):
