@@ -4264,7 +4264,7 @@ class ReadmeTests(FolderTestCase):
         texts = [(row["number"], row["answer"]["choices"][0]["text"]) for row in rows]
         self.assertEqual([(0, TEXT), (1, TEXT)], texts)
 
-    def test_the_first_screen_shows_a_program_and_commands_and_no_line_is_long(self):
+    def test_the_first_screen_shows_a_program_and_commands_and_no_long_line(self):
         lines = readme().splitlines()
         self.assertIn("```python", lines[:15])
         program = "test_friendli_lite.py"
@@ -4313,7 +4313,7 @@ class ReadmeTests(FolderTestCase):
                 self.assertEqual((copied.APIStatusError, 404, "no"), found)
 
     @unittest.skipUnless(importlib.util.find_spec("mypy"), "needs mypy")
-    def test_a_strict_type_checker_passes_the_programs_and_refuses_wrong_calls(self):
+    def test_a_strict_type_checker_takes_the_programs_and_refuses_wrong_calls(self):
         programs = {f"program_{n}.py": code for n, (code, _) in enumerate(readme_programs())}
         files = {**programs, **readme_files(), "calls.py": TYPED_CALLS}
         self.enter_folder(files)
