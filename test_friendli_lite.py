@@ -4165,9 +4165,10 @@ class StrangersMachineTests(FolderTestCase):
         self.serve()
         os.environ["LC_ALL"] = "C"
         del os.environ["PATH"]  # HOME is not there either
-        for place in (read_only, archive):
+        isolated = functools.partial(self.run_python, "-I", "-S", "-W", "error", "-c", code)
+        places = (read_only, archive)
+        for place, ran in zip(places, WORKERS.map(isolated, places)):
             with self.subTest(os.path.basename(place)):
-                ran = self.run_python("-I", "-S", "-W", "error", "-c", code, place)
                 self.assertEqual((f"{TEXT}\n", ""), ran)
 
     def test_a_pipe_gets_each_chunk_as_it_comes_in_any_locale(self):
