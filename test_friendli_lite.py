@@ -659,6 +659,17 @@ class TestCase(unittest.TestCase):
         os.environ["FRIENDLI_SERVER_URL"] = container.url
         return container
 
+    def refuse(self):
+        """Make a port the default server on which nobody listens; return its URL.
+
+        It is kept, since a port that was merely closed may be another process's a moment later.
+        """
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.bind(("127.0.0.1", 0))
+        url = os.environ["FRIENDLI_SERVER_URL"] = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        return url
+
     def ask(self, times=1, call=complete, **options):
         """Make calls, without retries by default, that must give the text of the stand-in."""
         for _ in range(times):
@@ -2539,14 +2550,13 @@ class ConnectTests(TestCase):
         self.check_error(APITimeoutError, error, "cannot connect within 10 s")
 
     def test_a_failed_connection_says_why_and_is_retried_unless_local(self):
-        with self.serve() as closed:
-            pass
+        url = self.refuse()
         unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         up = "is the server up? check server_url (after 2 attempts)"
         numbers = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
         local = "this machine is at fault, not the server"
         for lookup, reason, hint, attempts in [
-            (looked_up(*[closed.url] * 3), "Connection refused", up, 2),
+            (looked_up(url, url, url), "Connection refused", up, 2),
             (looked_up(), "the name has no address", up, 2),
             (looked_up(error=OSError()), "OSError", up, 2),
             (looked_up(error=unknown), "Name or service not known", up, 2),
@@ -2555,7 +2565,7 @@ class ConnectTests(TestCase):
             for call in MEDIA_TYPES:
                 with self.case(call, reason), lookup as looked:
                     error = self.failure(APIConnectionError, call, **RETRY)
-                    what = f"POST {closed.url}/v1/completions: cannot connect"
+                    what = f"POST {url}/v1/completions: cannot connect"
                     self.assertEqual(f"{what}: {reason}; {hint}", str(error))
                     self.assertEqual((attempts, attempts), (error.attempts, looked.call_count))
 
@@ -2803,11 +2813,10 @@ class ProxyTests(TestCase):
                     self.assertNotIn("wrong-secret", shown(error))
 
     def test_a_proxy_that_is_down_is_named(self):
-        with self.serve() as proxy:
-            self.through(proxy)
+        url = os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = self.refuse()
         for scheme in ("http", "https"):
             error = self.failure(APIConnectionError, server_url=f"{scheme}://friendli.invalid")
-            what = f"cannot connect through the proxy 127.0.0.1:{proxy.port}: "
+            what = f"cannot connect through the proxy {urlsplit(url).netloc}: "
             hint = f"refused; check {scheme.upper()}_PROXY"
             self.check_error(APIConnectionError, error, what, hint)
 
@@ -3035,7 +3044,8 @@ class TLSTests(TestCase):
             self.ask()
             self.assertEqual((3, 2), (build.call_count, server.connections))
             os.remove(late)
-        error = self.failure(APIConnectionError)
+        url = self.refuse().replace("http", "https")
+        error = self.failure(APIConnectionError, server_url=url)
         self.check_error(APIConnectionError, error, "refused; is the server up?")
 
     @unittest.skipUnless(hasattr(ssl.SSLContext, "keylog_filename"), "this Python logs no keys")
