@@ -38,6 +38,7 @@ import re
 import socket
 import ssl
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Generator, Mapping
@@ -290,8 +291,8 @@ class RetryConfig:
     multiplier**k)`: by default from 0 to 0.5, 1 and 2 s (full jitter: "Exponential Backoff And
     Jitter", AWS Architecture Blog). If the server asks for a delay, by `retry-after-ms` or
     `Retry-After`, the two are added. If the sum exceeds what is left of `total_timeout`, the error
-    is raised at once. Not retried are a stream after its first event, a response that cannot be
-    read, a refused certificate, and a fault of this machine.
+    is raised at once. Some failures are never retried: a stream after its first event, a response
+    that cannot be read, a refused certificate, and a fault of this machine.
 
     Attributes:
         max_retries: number of retries; 0 sends one request.
@@ -804,11 +805,11 @@ class _Call:
     ssl_context: ssl.SSLContext | None
     sleep: Callable[[float], None] = time.sleep
     uniform: Callable[[float, float], float] = random.uniform
-    attempts: int = 0  # to send the request, also those repeated since an idle connection was dead
+    attempts: int = 0  # to send the request, with those that replaced a dead idle connection
     retry: int = 0  # retries begun
     was_sent: bool = False  # whether the last request may have reached a server
     was_aborted: bool = False
-    shut_down: Callable[[], None] | None = None  # the connection in use
+    shut_down: Callable[[], None] | None = None  # of the connection in use
     response: _Response = field(init=False)
 
     def complete(self) -> Completion:
@@ -933,7 +934,7 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float:
     try:
         date = email.utils.parsedate_to_datetime(value)
         return max(0.0, date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - now)
-    except Exception:  # email.utils raises many things for an odd date; 3.8 UnboundLocalError, too
+    except Exception:  # email.utils raises many things for an odd date, on 3.8 UnboundLocalError
         return 0.0
 
 
@@ -980,7 +981,7 @@ class _Secrets:
         text = text.replace("\u0130", "I")  # the one character whose lower case is two
         lowered = text.lower()
         for value in self._values:
-            kept, position = [], 0
+            kept, position = [], 0  # in linear time: where `lowered` is split, `text` is cut
             for piece in lowered.split(value):
                 kept.append(text[position : position + len(piece)])
                 position += len(piece) + len(value)
@@ -996,12 +997,11 @@ class _Request(urllib.request.Request):
     """A request that carries its call to the transport."""
 
     def __init__(self, call: _Call) -> None:
-        super().__init__(call.url, method="POST")
+        super().__init__(call.url, headers=call.headers, method="POST")
         self.call = call
         self.proxy = _find_proxy(self.type, self.host)
         proxy_headers = self.proxy.headers if self.proxy else {}
         self.secrets = _Secrets({**call.headers, **proxy_headers})
-        self.headers = call.headers  # add_header() for each would take longer than to send them
         self.add_unredirected_header("Host", self.host)
         self.add_unredirected_header("Content-length", str(len(call.body)))
         if self.type == "http":
@@ -1162,10 +1162,10 @@ class _Connection:
         """Serve a request from now on, unless its call was aborted meanwhile."""
         self.timeouts = timeouts
         self.secrets = request.secrets
-        self._claims = {"": True}  # one for each use of the connection; see claim()
-        request.call.shut_down = functools.partial(self.shut_down, self._claims)
+        self._claim = threading.Lock()  # of this use; whoever acquires it decides how it ends
+        request.call.shut_down = functools.partial(self.shut_down, self._claim)
         if request.call.was_aborted:
-            self.shut_down(self._claims)
+            self.shut_down(self._claim)
 
     def _connect(self, hop: str, default_port: int) -> None:
         """Connect to the first address that accepts; each gets a share of the time that is left."""
@@ -1250,7 +1250,7 @@ class _Connection:
 
     def _failure(
         self, what: str, error: OSError, hint: str = "", verb: str = "received"
-    ) -> BaseException:
+    ) -> Exception:
         """Return the error to raise for a socket's; a signal handler's is returned as it is."""
         if self._is_foreign(error):
             return error
@@ -1282,14 +1282,15 @@ class _Connection:
             self._sock.close()
 
     def claim(self) -> bool:
-        """Tell whether the caller may decide what becomes of the connection; pop() is atomic."""
-        return self._claims.pop("", False)
+        """Tell whether the caller may decide what becomes of the connection."""
+        return self._claim.acquire(blocking=False)
 
-    def shut_down(self, claims: dict[str, bool]) -> None:
+    def shut_down(self, claim: threading.Lock) -> None:
         """Wake up the thread that waits for the socket; that thread closes it."""
         # SSLSocket.shutdown() drops TLS, and later data would go in clear text. In a forked child
         # it would end the parent's stream.
-        if claims.pop("", False) and self._owner == os.getpid() and self._sock is not None:
+        is_ours = claim.acquire(blocking=False) and self._owner == os.getpid()
+        if is_ours and self._sock is not None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
@@ -1395,8 +1396,9 @@ class _Response:
         self._is_chunked = has_body and coding is not None
         self._is_close_delimited = has_body and coding is None and length is None
         self._remaining = sys.maxsize if self._is_close_delimited else 0  # of the body or the chunk
-        if has_body and coding is not None:
-            self._match(rb"(?i)chunked", coding.encode("latin-1"), "an unknown transfer-encoding")
+        if self._is_chunked:
+            value = str(coding).encode("latin-1")
+            self._match(rb"(?i)chunked", value, "an unknown transfer-encoding")
             self._buffer, self._position = b"\r\n" + self._unread(), 0  # as after a chunk
         elif has_body and length is not None:
             same = rb"(\d{1,99})(?:[ \t]*,[ \t]*\1)*"  # "60, 60" is 60
@@ -1603,7 +1605,8 @@ _MESSAGE_KEYS = (
     "description", "errormessage", "error_message", "error_description", "faultstring",
 )
 _CODE_KEYS = ("error", "errors", "fault", "code", "type")
-_MARKUP = (  # a pattern, compiled only where there is a page
+# Comments, scripts, styles, tags, and numeric references too long for html.unescape()
+_MARKUP = (  # compiled only where there is a page
     r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!?][^<>]*>|&#\w{9,};?"
 )
 
@@ -1637,6 +1640,7 @@ def _find_message(payload: Any, keys: Sequence[str]) -> str:
 
 def _one_line(text: str) -> str:
     """Return text that is fit for a message: short, printable, on one line."""
+    # Blanks are joined, so more is looked at than is kept; all of a page would take too long.
     printable = (c if c.isprintable() else " " for c in text[: 8 * _MAX_QUOTED_CHARACTERS])
     line = " ".join("".join(printable).split())
     return line if len(line) <= _MAX_QUOTED_CHARACTERS else line[:_MAX_QUOTED_CHARACTERS] + "..."
@@ -1924,12 +1928,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_completion(options: argparse.Namespace) -> None:
-    how = {
+    keywords = {
         name: getattr(options, name)
         for name in ("server_url", "timeout", "total_timeout", "retries")
     }
     body = _body_fields(options)
-    answers = [complete(body, **how)] if options.no_stream else stream(body, **how)
+    answers = [complete(body, **keywords)] if options.no_stream else stream(body, **keywords)
     end = "\n" if options.json else ""
     try:
         for answer in answers:
